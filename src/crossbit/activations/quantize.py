@@ -1,0 +1,92 @@
+"""Activation quantization: per token, per tensor, CrossQuant. Pure functions, float32 inside.
+
+Rows are tokens, columns are channels; ``t_i`` is a row's absolute maximum, ``c_j`` a column's.
+The step of element (i, j) is t_i / d per token, and t_i^alpha c_j^(1-alpha) / d for CrossQuant
+(arXiv 2410.07505), d being the grid's divisor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossbit.activations.grid import ActivationGrid
+from crossbit.grid import round_ste
+
+# A row or column of zeros: any positive step gives codes of 0. Smallest normal float32.
+TINY = torch.finfo(torch.float32).tiny
+_CHUNK_ELEMENTS = 1 << 18  # float32 working set of a chunk stays inside a core's L2 cache
+
+
+def row_scale(x: Tensor, grid: ActivationGrid) -> Tensor:
+    """Per-token step [..., 1] float32 of x [..., K]."""
+    return (x.abs().amax(-1, keepdim=True).float() / grid.effective_divisor).clamp(min=TINY)
+
+
+def column_maximum(x: Tensor) -> Tensor:
+    """Absolute maximum of each column: [..., T, K] -> [..., 1, K] float32.
+
+    Leading dimensions are separate windows: the paper takes the maximum over one sequence.
+    """
+    return x.abs().amax(-2, keepdim=True).float()
+
+
+def cross_step(x: Tensor, columns: Tensor, grid: ActivationGrid) -> Tensor:
+    """CrossQuant's step [..., T, K] float32: t_i^alpha c_j^(1-alpha) / d.
+
+    Args:
+        x: activations [..., T, K].
+        columns: c_j, broadcastable to [..., 1, K].
+        grid: bits, alpha and divisor.
+    """
+    t = x.abs().amax(-1, keepdim=True).float().clamp(min=TINY)
+    c = columns.float().clamp(min=TINY)
+    return t.pow(grid.alpha) * (c.pow(1.0 - grid.alpha) / grid.effective_divisor)
+
+
+def per_token_codes(x: Tensor, grid: ActivationGrid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [T, K] in ``dtype`` and steps [T, 1] float32 of x [T, K], chunked to stay in cache."""
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
+    scale = row_scale(x, grid)
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        values = x[part].float() if x.dtype != torch.float32 else x[part].clone()
+        values.div_(scale[part]).round_().clamp_(grid.qmin, grid.qmax)
+        codes[part].copy_(values)
+    return codes, scale
+
+
+def fake_quantize_activation(
+    x: Tensor,
+    grid: ActivationGrid,
+    *,
+    static_scale: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Quantize and dequantize x [..., T, K]; differentiable (straight-through).
+
+    Args:
+        x: activations; the result has its dtype, the arithmetic is float32.
+        grid: bits, kind, alpha, divisor.
+        static_scale: calibrated step (scalar), for ``per_tensor_static``.
+        columns: calibrated c_j [K], for the static CrossQuant kinds.
+    """
+    values = x.float()
+    if grid.kind == "per_token":
+        step = row_scale(values.detach(), grid)
+    elif grid.kind == "per_tensor_static":
+        assert static_scale is not None
+        step = static_scale.float()
+    elif grid.kind == "cross_dynamic":
+        step = cross_step(values.detach(), column_maximum(values.detach()), grid)
+    else:
+        assert columns is not None
+        step = cross_step(values.detach(), columns, grid)
+        if grid.kind == "cross_static":
+            # The row rescales: its largest |x| / f lands on the last code, nothing clips.
+            factor = columns.float().clamp(min=TINY).pow(1.0 - grid.alpha)
+            step = row_scale(values.detach() / factor, grid) * factor
+    codes = round_ste(values / step).clamp(grid.qmin, grid.qmax)
+    return (codes * step).to(x.dtype)

@@ -1,0 +1,162 @@
+"""Python functions beside ``quantize``: the same names and defaults as the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossbit.corpora import evaluation_windows, load_text
+from crossbit.engine.progress import Reporter
+from crossbit.errors import InputError
+from crossbit.evaluate.run import estimate, losses_of
+from crossbit.evaluate.statistics import paired_loss, perplexity
+from crossbit.export.research import is_research
+from crossbit.models.families import needs_bos
+from crossbit.models.opening import open_tokenizer
+from crossbit.models.source import resolve_model
+from crossbit.models.validate import read_config
+from crossbit.output import RESULT_FILE
+from crossbit.quantize import check_length
+from crossbit.runtime.linear import Execution
+from crossbit.runtime.loader import folder_config, own_dtype
+
+
+def local_folder(model: str, revision: str | None = None) -> Path:
+    """The local folder behind a model name; a folder that crossbit wrote is taken as it is."""
+    path = Path(model)
+    if path.is_dir() and (path / "config.json").is_file():
+        described = read_config(path)
+        if (
+            is_research(described)
+            or (path / RESULT_FILE).is_file()
+            or "quantization_config" in described
+        ):
+            return path
+    return resolve_model(model, revision=revision).path
+
+
+def evaluate(
+    model: str,
+    *,
+    text: str | None = None,
+    length: int = 2048,
+    windows: int | None = None,
+    against: str | None = None,
+    tasks: tuple[str, ...] = (),
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    execution: Execution = "auto",
+    divisor: float | None = None,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Perplexity of a model, original or quantized, with its standard error.
+
+    Non-overlapping windows of ``length`` tokens, mean negative log-likelihood over length - 1
+    predictions each, the last partial window left out; windows are the sampling unit of the error.
+
+    Args:
+        model: hub name, folder, GGUF file, embedded model, or a folder that crossbit wrote.
+        text: name or file; None is the embedded evaluation text.
+        length: tokens a window.
+        windows: number of windows; None is all.
+        against: another model; adds the paired difference on the same windows.
+        tasks: names of lm-evaluation-harness tasks.
+        revision: of a hub model.
+        dtype: of computation; None is each model's own.
+        device: "cpu" or "cuda".
+        execution: "fake", "integer" or "auto" (see ``QuantLinear``).
+        divisor: overrides the divisor of activation grids (127: vLLM's kernels).
+        quiet: print nothing.
+
+    Returns:
+        {"perplexity": {"text", "tokens", "value", "stderr", ...}, "against", "paired", "tasks"}.
+
+    Raises:
+        InputError: bad input. WorkError: a loss that is not finite.
+    """
+    if length < 2:
+        raise InputError(f"--length {length}: a window needs at least 2 tokens")
+    if windows is not None and windows < 1:
+        raise InputError(f"--windows {windows}: give at least 1")
+    reporter = Reporter(quiet)
+    folder = local_folder(model, revision)
+    config: Any = folder_config(folder)
+    check_length(config, length)
+    tokenizer = open_tokenizer(folder)
+    corpus = load_text(text, split="evaluation", tokenizer=tokenizer)
+    bos = needs_bos(config)
+    ids = evaluation_windows(corpus, tokenizer, length=length, windows=windows, bos=bos)
+    other = local_folder(against) if against is not None else None
+    if other is not None and folder_config(other).vocab_size != config.vocab_size:
+        raise InputError(f"--against {against}: another vocabulary; the two cannot be compared")
+    losses = losses_of(
+        folder,
+        ids,
+        dtype=dtype,
+        device=device,
+        execution=execution,
+        divisor=divisor,
+        reporter=reporter,
+    )
+    value = perplexity(losses)
+    result: dict[str, Any] = {
+        "model": model,
+        "perplexity": {
+            "text": corpus.name,
+            "tokens": int(ids.numel()),
+            "windows": len(ids),
+            "length": length,
+            "bos": bos,
+            "dtype": str(dtype or own_dtype(config)).removeprefix("torch."),
+            "value": value.value,
+            "stderr": estimate(value, "value")["stderr"],
+            "losses": losses,
+        },
+    }
+    if other is not None:
+        reference = losses_of(
+            other, ids, dtype=dtype, device=device, reporter=reporter, title="evaluating --against"
+        )
+        result["against"] = {"model": against, **estimate(perplexity(reference), "value")}
+        result["against"]["losses"] = reference
+        result["paired"] = estimate(paired_loss(losses, reference), "loss")
+    if tasks:
+        from crossbit.evaluate.tasks import run_tasks
+
+        result["tasks"] = run_tasks(folder, tasks, dtype=dtype, device=device)
+    return result
+
+
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    chat: bool = False,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> str:
+    """The continuation of a prompt, decoded greedily (sampled if ``seed`` is given).
+
+    Plain folders run in transformers, research folders in crossbit's own layers.
+
+    Raises:
+        InputError: not a model folder, an empty prompt, or no chat template with ``chat``.
+    """
+    from crossbit.runtime.generation import generate_text
+
+    if not prompt:
+        raise InputError("the prompt is empty; give some text")
+    return generate_text(
+        local_folder(str(folder)),
+        prompt,
+        tokens=tokens,
+        chat=chat,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )

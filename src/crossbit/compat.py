@@ -1,0 +1,189 @@
+"""Which choices on the axes go together: one table, checked before anything loads.
+
+Every rule says when a recipe breaks it and what would be valid instead. ``check_recipe`` needs the
+recipe alone; ``check_model`` the architecture too. Warnings name what works but surprises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from crossbit.errors import InputError
+from crossbit.models.structure import ModelStructure
+from crossbit.recipe import Activations, CrossFold, Gptq, Recipe, Smooth, WeightGrid
+
+
+def _activations(recipe: Recipe) -> Iterable[Activations]:
+    candidates = [recipe.activations, *(o.activations for o in recipe.overrides)]
+    return [a for a in candidates if isinstance(a, Activations)]
+
+
+def _grids(recipe: Recipe) -> Iterable[WeightGrid]:
+    return [recipe.weights, *(o.weights for o in recipe.overrides if o.weights)]
+
+
+def _has(recipe: Recipe, kind: type) -> bool:
+    return any(isinstance(t, kind) for t in recipe.transforms)
+
+
+def _default_divisor(activations: Activations) -> bool:
+    return activations.divisor in (None, ((1 << activations.bits) - 1) / 2)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that does not work: when it is present, why, and what is valid."""
+
+    broken: Callable[[Recipe], bool]
+    why: str
+    valid: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        lambda r: any(a.kind == "cross_folded" for a in _activations(r)) and not _has(r, CrossFold),
+        "activations.kind cross_folded without the transform that folds",
+        "add `transforms: [{kind: cross_fold}]`, or use kind per_token",
+    ),
+    Rule(
+        lambda r: _has(r, CrossFold) and any(a.grid().research for a in _activations(r)),
+        "cross_fold together with an unfolded CrossQuant mode would apply the column factor twice",
+        "activations.kind cross_folded or per_token with cross_fold; "
+        "cross_dynamic, cross_static or cross_static_clip without it",
+    ),
+    Rule(
+        lambda r: not list(_activations(r)) and (_has(r, CrossFold) or _has(r, Smooth)),
+        "cross_fold and smooth exist for quantized activations, and this recipe has none",
+        "set activations, or use awq_scale (or no transform) for weight-only recipes",
+    ),
+    Rule(
+        lambda r: any(
+            a.kind == "cross_folded" and a.alpha != Activations().alpha for a in _activations(r)
+        ),
+        "activations.alpha has no effect on cross_folded",
+        "set the transform's alpha: transforms: [{kind: cross_fold, alpha: ...}]",
+    ),
+    Rule(
+        lambda r: any(not a.grid().research and not _default_divisor(a) for a in _activations(r)),
+        "a divisor of its own on activations that are exported: readers use (2^bits - 1) / 2",
+        "leave activations.divisor out, use a research kind (cross_dynamic, cross_static, "
+        "cross_static_clip), or measure another reader with `crossbit evaluate --divisor`",
+    ),
+    Rule(
+        lambda r: any(a.kind == "per_tensor_static" and a.bits != 8 for a in _activations(r)),
+        "static per-tensor activations below 8 bits: no runtime executes them",
+        "bits: 8 with per_tensor_static, or kind per_token",
+    ),
+    Rule(
+        lambda r: isinstance(r.solver, Gptq) and any(g.group == "tensor" for g in _grids(r)),
+        "GPTQ rounds column by column and cannot share one scale over the whole matrix",
+        "weights.group channel, auto or a number with gptq; tensor with rtn",
+    ),
+    Rule(
+        lambda r: any(
+            g is not None and (g.bits != 8 or g.group != "channel" or not g.symmetric)
+            for g in (r.embedding, r.head)
+        ),
+        "embedding and head on a grid that transformers does not load "
+        "(it reloads symmetric INT8 per row, or floats)",
+        "embedding/head: {bits: 8, group: channel}, or null to leave them in floating point",
+    ),
+    Rule(
+        lambda r: (
+            any(
+                a.bits < 8 and g.bits > 4 and a.bits < g.bits
+                for a in _activations(r)
+                for g in _grids(r)
+            )
+            and not r.overrides
+        ),
+        "activations with fewer bits than the weights: no kernel multiplies them",
+        "W8A8, W4A8 or W4A4",
+    ),
+)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse combinations of the table.
+
+    Raises:
+        InputError: the first broken rule, with what is valid.
+    """
+    for rule in RULES:
+        if rule.broken(recipe):
+            raise InputError(f"recipe {recipe.name}: {rule.why}; valid: {rule.valid}")
+
+
+def check_model(recipe: Recipe, structure: ModelStructure) -> None:
+    """Refuse what an architecture cannot take.
+
+    Raises:
+        InputError: tied embedding and head on different grids; experts on different schemes or
+            asymmetric (readers fuse them and apply one scheme without saying so).
+    """
+    if structure.tied and recipe.embedding != recipe.head:
+        raise InputError(
+            f"recipe {recipe.name}: embedding and head are one tied matrix in this model but have "
+            "different grids; valid: the same value for both"
+        )
+    if structure.family.experts is None:
+        return
+    schemes = set()
+    for block in structure.blocks:
+        for info in block.linears.values():
+            if f".{structure.family.experts.rpartition('.')[2]}." not in f".{info.name}.":
+                continue
+            full = f"{block.name}.{info.name}"
+            if recipe.ignores(full, info.role):
+                schemes.add("float")
+                continue
+            weights, activations, _ = recipe.for_layer(full, info.role)
+            if not weights.symmetric:
+                raise InputError(
+                    f"recipe {recipe.name}: asymmetric experts do not reload in transformers; "
+                    "valid: weights.symmetric true"
+                )
+            schemes.add(f"{weights!r} {activations!r}")
+    if len(schemes) > 1 or schemes == {"float"}:
+        raise InputError(
+            f"recipe {recipe.name}: the experts of a mixture must all be quantized on one scheme "
+            "(readers fuse them and apply the first scheme to all); valid: no override or ignore "
+            "that names only some experts or projections of them"
+        )
+
+
+def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
+    """What the user should know before the run; also kept in the report."""
+    notes = []
+    if any(g.bits not in (4, 8) for g in _grids(recipe)):
+        notes.append(
+            "weights of 2, 3, 5, 6 or 7 bits need compressed-tensors 0.20 or newer to load, and "
+            "few GPU kernels run them"
+        )
+    if any(not g.symmetric for g in _grids(recipe)):
+        notes.append(
+            "asymmetric weights are stored a byte each (int-quantized): current transformers "
+            "cannot load packed zero points"
+        )
+    if recipe.embedding is not None and not recipe.research:
+        notes.append(
+            "the INT8 embedding loads in transformers; vLLM has no loader for it: give "
+            "--set embedding=null --set head=null for vLLM"
+        )
+    if structure.family.experts is not None and list(_activations(recipe)):
+        notes.append(
+            "transformers runs the experts with float activations (its fused experts are no "
+            "linear layers); crossbit and INT8 kernels quantize them"
+        )
+    if structure.family.model_type == "opt" and list(_activations(recipe)):
+        notes.append(
+            "transformers gives fc1 and fc2 of OPT two-dimensional inputs, on which "
+            "compressed-tensors takes one scale for all tokens; crossbit and vLLM scale per token"
+        )
+    if recipe.research:
+        notes.append(
+            "research recipe: its activation mode exists in crossbit's evaluation only; the "
+            "result is not a file that other runtimes execute"
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""The loop over blocks: load, observe, transform, solve, write, advance, free."""

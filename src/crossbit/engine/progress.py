@@ -1,0 +1,71 @@
+"""Progress on stderr: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+_PLAIN_SECONDS = 10.0
+
+
+def memory_gib() -> float:
+    """Resident memory of this process in GiB."""
+    return float(psutil.Process().memory_info().rss) / 2**30
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Reporter:
+    """Prints stages and progress; ``quiet`` prints nothing."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def track(self, items: Iterable[T], title: str, total: int) -> Iterator[T]:
+        """Yield the items while showing how many are done, the time left and the memory in use."""
+        if self.quiet:
+            yield from items
+            return
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[memory]}"),
+            )
+            with Progress(*columns, console=self.console) as progress:
+                task = progress.add_task(title, total=total, memory="")
+                for item in items:
+                    yield item
+                    progress.update(task, advance=1, memory=f"{memory_gib():.2f} GiB")
+            return
+        started = last = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - last >= _PLAIN_SECONDS or done == total:
+                left = (now - started) / done * (total - done)
+                self.say(
+                    f"{title}: {done}/{total}, {now - started:.0f} s, {left:.0f} s left, "
+                    f"{memory_gib():.2f} GiB"
+                )
+                last = now

@@ -1,0 +1,120 @@
+"""What is remembered of a layer's input while calibration text runs through it.
+
+One ``InputStatistics`` belongs to one group of linear layers that read the same tensor X
+[tokens, channels]. All of it is rescaled in closed form when a column factor is folded, so the
+block runs once however many transforms follow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from crossbit.solvers.hessian import HessianAccumulator
+
+MASSIVE_RATIO = 64.0  # a token is massive when its maximum exceeds this times the median token's
+
+
+class InputStatistics:
+    """Column maxima (robust on request), means, an optional Hessian, and a held-out sample.
+
+    Args:
+        columns: channels K.
+        percentile: column maxima are this percentile of |X_j| over the tokens (100: the maximum).
+        tokens: tokens that will be seen, needed for a percentile below 100.
+        hessian: accumulate X^T X over every token.
+    """
+
+    def __init__(
+        self, columns: int, *, percentile: float = 100.0, tokens: int = 0, hessian: bool = False
+    ) -> None:
+        self.columns = columns
+        self.percentile = percentile
+        # The k-th largest value is the percentile; k = 1 is the maximum.
+        self._keep = max(1, math.ceil((1 - percentile / 100) * tokens))
+        self._top = torch.zeros(1, columns)
+        self._top_ordinary = torch.zeros(1, columns)
+        self._abs_sum = torch.zeros(columns, dtype=torch.float64)
+        self.tokens = 0
+        self.massive_tokens = 0
+        self.absolute_maximum = 0.0
+        self.hessian = HessianAccumulator(columns) if hessian else None
+        self._sample: list[Tensor] = []
+        self._factor = torch.ones(columns)
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations [..., K] of the fitting sequences."""
+        x = x.reshape(-1, self.columns)
+        if x.shape[0] == 0:
+            return
+        magnitude = x.abs().float()
+        rows = magnitude.amax(1)
+        massive = rows > MASSIVE_RATIO * rows.median()
+        self._top = self._merge(self._top, magnitude)
+        if bool(massive.any()):
+            self._top_ordinary = self._merge(self._top_ordinary, magnitude[~massive])
+        else:
+            self._top_ordinary = self._merge(self._top_ordinary, magnitude)
+        self._abs_sum += magnitude.sum(0, dtype=torch.float64)
+        self.tokens += x.shape[0]
+        self.massive_tokens += int(massive.sum())
+        self.absolute_maximum = max(self.absolute_maximum, float(rows.max()))
+        if self.hessian is not None:
+            self.hessian.add(x)
+
+    def add_hessian_only(self, x: Tensor) -> None:
+        """Take held-out activations into the Hessian and nothing else."""
+        if self.hessian is not None:
+            self.hessian.add(x.reshape(-1, self.columns))
+
+    def add_sample(self, x: Tensor) -> None:
+        """Keep activations [..., K] of held-out sequences (float32) for searches.
+
+        Massive tokens are left out: one of them would outweigh all others in a squared error,
+        and the row scale gives it a grid of its own.
+        """
+        x = x.reshape(-1, self.columns).float()
+        if x.shape[0]:
+            rows = x.abs().amax(1)
+            self._sample.append(x[rows <= MASSIVE_RATIO * rows.median()])
+
+    def _merge(self, top: Tensor, magnitude: Tensor) -> Tensor:
+        if magnitude.shape[0] == 0:
+            return top
+        if self._keep == 1:
+            return torch.maximum(top, magnitude.amax(0, keepdim=True))
+        both = torch.cat((top, magnitude))
+        return both.topk(min(self._keep, both.shape[0]), dim=0).values
+
+    def column_maximum(self, *, skip_massive: bool = False) -> Tensor:
+        """c_j float32 [K]: the percentile of |X_j|, optionally over ordinary tokens only."""
+        top = self._top_ordinary if skip_massive else self._top
+        return top[-1].clone() if top.shape[0] >= self._keep else top[0].clone()
+
+    def column_mean(self) -> Tensor:
+        """mean |X_j| float32 [K]."""
+        return (self._abs_sum / max(1, self.tokens)).float()
+
+    @property
+    def sample(self) -> Tensor:
+        """Held-out activations [S, K] float32."""
+        if len(self._sample) > 1:
+            self._sample = [torch.cat(self._sample)]
+        return self._sample[0] if self._sample else torch.zeros(0, self.columns)
+
+    def rescale(self, factor: Tensor) -> None:
+        """Account for X -> X / factor (a fold), factor [K]."""
+        f = factor.float()
+        self._top = self._top / f
+        self._top_ordinary = self._top_ordinary / f
+        self._abs_sum = self._abs_sum / f.double()
+        self._sample = [s / f for s in self._sample]
+        self._factor = self._factor * f
+
+    def hessian_matrix(self) -> Tensor:
+        """Mean of X^T X [K, K] float32 over every token seen, folds accounted for."""
+        assert self.hessian is not None
+        inverse = 1.0 / self._factor
+        return self.hessian.result() * inverse.unsqueeze(0) * inverse.unsqueeze(1)

@@ -1,0 +1,168 @@
+"""The work folder: finished blocks and the live activations, so that a killed run can go on.
+
+    manifest.json            what is being done: fingerprints of model, text, recipe, version
+    outside.safetensors      embedding, norms and head in their exported form (+ .json record)
+    block-00007.safetensors  one finished block in its exported form (+ .json record)
+    stream-00008.safetensors activations that enter block 8
+
+Every file is written under a temporary name and renamed, so a file that exists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crossbit.errors import InputError, WorkError
+
+MANIFEST = "manifest.json"
+
+
+class WorkDir:
+    """A work folder; see the module's text for its files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, manifest: dict[str, Any], *, resume: bool) -> None:
+        """Start afresh, or go on if ``resume`` and the folder belongs to the same work.
+
+        Raises:
+            InputError: the folder belongs to other work (the difference is named), or cannot be
+                written.
+        """
+        known = self._manifest()
+        if resume and known is not None:
+            for key in sorted({*known, *manifest}):
+                if known.get(key) != manifest.get(key):
+                    raise InputError(
+                        f"{self.path}: holds work of another {key} ({_short(known.get(key))}, now "
+                        f"{_short(manifest.get(key))}); repeat the original command, or leave out "
+                        "--resume to start afresh"
+                    )
+            return
+        try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True)
+            self._write_json(MANIFEST, manifest)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another --out or --work"
+            ) from None
+
+    def _manifest(self) -> dict[str, Any] | None:
+        try:
+            data = json.loads((self.path / MANIFEST).read_text("utf8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            raise InputError(
+                f"{self.path / MANIFEST}: damaged; delete the folder or leave out --resume"
+            ) from None
+        return data if isinstance(data, dict) else None
+
+    # -- finished parts -----------------------------------------------------------------------
+
+    def save_part(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Write a finished part ("outside" or "block-00007") and its record."""
+        self._write_json(f"{name}.json", record)
+        self._write_tensors(f"{name}.safetensors", tensors)
+
+    def has_part(self, name: str) -> bool:
+        """True if the part was finished."""
+        return (self.path / f"{name}.safetensors").exists()
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record of a finished part."""
+        try:
+            data = json.loads((self.path / f"{name}.json").read_text("utf8"))
+        except (OSError, ValueError):
+            raise WorkError(
+                f"{self.path / name}.json: damaged; delete the work folder and start afresh"
+            ) from None
+        assert isinstance(data, dict)
+        return data
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of a finished part, one at a time, in a fixed order."""
+        path = self.path / f"{name}.safetensors"
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for key in sorted(file.keys()):
+                    yield key, file.get_tensor(key)
+        except (OSError, SafetensorError):
+            raise WorkError(f"{path}: damaged; delete the work folder and start afresh") from None
+
+    # -- activations --------------------------------------------------------------------------
+
+    def save_stream(self, block: int, hidden: Tensor) -> None:
+        """Keep the activations that enter ``block``; the previous ones are dropped after."""
+        self._write_tensors(_stream(block), {"hidden": hidden})
+        (self.path / _stream(block - 1)).unlink(missing_ok=True)
+
+    def load_stream(self, block: int) -> Tensor | None:
+        """Activations that enter ``block``, None if they were not kept.
+
+        Raises:
+            WorkError: the file is damaged.
+        """
+        path = self.path / _stream(block)
+        if not path.exists():
+            return None
+        try:
+            hidden: Tensor = load_file(str(path))["hidden"].clone()
+            return hidden
+        except (OSError, SafetensorError, KeyError):
+            raise WorkError(f"{path}: damaged; delete the work folder and start afresh") from None
+
+    def next_block(self, *, streams: bool) -> int:
+        """The first block that is not finished (and whose input is known, if ``streams``)."""
+        block = 0
+        while self.has_part(part_name(block)):
+            block += 1
+        while streams and block > 0 and not (self.path / _stream(block)).exists():
+            block -= 1
+        return block
+
+    # -- files --------------------------------------------------------------------------------
+
+    def _write_json(self, name: str, data: dict[str, Any]) -> None:
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", "utf8")
+        os.replace(temporary, self.path / name)
+
+    def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        temporary = self.path / f".{name}.tmp"
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        try:
+            save_file(whole, str(temporary))
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise WorkError(
+                f"{self.path / name}: cannot be written ({error}); free some disk space and "
+                "run again with --resume"
+            ) from None
+        os.replace(temporary, self.path / name)
+
+
+def part_name(block: int) -> str:
+    """Name of the part that holds a block."""
+    return f"block-{block:05d}"
+
+
+def _stream(block: int) -> str:
+    return f"stream-{block:05d}.safetensors"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else text[:12] + "..."

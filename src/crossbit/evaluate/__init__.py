@@ -1,0 +1,1 @@
+"""Perplexity with its standard error, and paired comparison of two models."""

@@ -1,0 +1,1 @@
+"""Writing and reading back the quantized checkpoint (compressed-tensors)."""

@@ -1,0 +1,133 @@
+"""From solved layers to the tensors and the config of the folder that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossbit.engine.plan import LayerPlan, ModelPlan
+from crossbit.export.compressed_tensors import module_tensors, quantization_config
+from crossbit.export.research import COLUMNS
+from crossbit.export.scheme import QuantScheme
+from crossbit.grid import QTensor
+from crossbit.models.experts import checkpoint_name, is_expert
+from crossbit.models.families import Family
+from crossbit.models.shell import Shell
+from crossbit.models.structure import ModelStructure
+from crossbit.runtime.install import QuantizedLayer
+from crossbit.solvers.rtn import rtn
+
+
+def stored_name(family: Family, module: str) -> str:
+    """Name in the file of a module's tensors, without the last part."""
+    return checkpoint_name(family, f"{module}.weight").removesuffix(".weight")
+
+
+def layer_scheme(name: str, plan: LayerPlan) -> QuantScheme:
+    """How a linear layer of a block is stored; research activations are kept elsewhere."""
+    activations = plan.activations
+    if activations is not None and activations.research:
+        activations = None
+    return QuantScheme(plan.weights, activations, "expert" if is_expert(name) else "linear")
+
+
+def outside_schemes(structure: ModelStructure, plan: ModelPlan) -> dict[str, QuantScheme]:
+    """Schemes of embedding and head, by module name."""
+    schemes = {}
+    if plan.embedding is not None:
+        schemes[structure.embedding] = QuantScheme(plan.embedding, None, "embedding")
+    if plan.head is not None:
+        role = "embedding" if structure.tied else "linear"
+        schemes[structure.head] = QuantScheme(plan.head, None, role)  # type: ignore[arg-type]
+    return schemes
+
+
+def quantize_outside(shell: Shell, plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of everything outside the blocks; the shell goes on with the quantized values.
+
+    Args:
+        shell: embedding, norms and head loaded.
+        plan: grids of embedding and head.
+        dtype: of the tensors that stay floating point.
+    """
+    structure = shell.structure
+    schemes = outside_schemes(structure, plan)
+    tensors: dict[str, Tensor] = {}
+    prefix = f"{structure.family.blocks}."
+    solved: dict[str, QTensor] = {}
+    for module, scheme in schemes.items():
+        tied = module == structure.head and structure.tied
+        if not tied:
+            weight = shell.model.get_submodule(module).weight
+            solved[module] = rtn(weight.detach().float(), scheme.weights)
+        qtensor = solved[structure.embedding if tied else module]
+        name = stored_name(structure.family, module)
+        tensors.update(module_tensors(name, qtensor, scheme, tied=tied))
+    for name, parameter in shell.model.named_parameters():
+        module = name.removesuffix(".weight")
+        if name.startswith(prefix) or module in schemes:
+            continue
+        tensors[checkpoint_name(structure.family, name)] = parameter.detach().to(dtype)
+    for module, qtensor in solved.items():
+        target = shell.model.get_submodule(module).weight
+        target.data.copy_(qtensor.dequantize())
+    return tensors
+
+
+def block_tensors(
+    family: Family,
+    name: str,
+    block: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    plans: Mapping[str, LayerPlan],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Tensors of one finished block in their exported form.
+
+    Args:
+        family: names in files.
+        name: the block, "model.layers.3".
+        block: its module, with all folds applied.
+        layers: its quantized layers by relative name.
+        plans: the plans of those layers.
+        dtype: of the tensors that stay floating point.
+    """
+    tensors: dict[str, Tensor] = {}
+    for relative, layer in layers.items():
+        stored = stored_name(family, f"{name}.{relative}")
+        scheme = layer_scheme(f"{name}.{relative}", plans[relative])
+        tensors.update(
+            module_tensors(stored, layer.qtensor, scheme, static_scale=layer.static_scale)
+        )
+        if layer.columns is not None:
+            tensors[f"{stored}.{COLUMNS}"] = layer.columns.float()
+    quantized = {f"{relative}.weight" for relative in layers}
+    for key, parameter in block.named_parameters():
+        if key not in quantized:
+            tensors[checkpoint_name(family, f"{name}.{key}")] = parameter.detach().to(dtype)
+    return tensors
+
+
+def folder_config(structure: ModelStructure, plan: ModelPlan) -> dict[str, Any]:
+    """The ``quantization_config`` of the whole model."""
+    schemes = outside_schemes(structure, plan)
+    dense: list[str] = [n for n in structure.outside if n not in schemes]
+    for block in plan.blocks:
+        for relative in block.structure.linears:
+            name = f"{block.structure.name}.{relative}"
+            if relative in block.layers:
+                schemes[name] = layer_scheme(name, block.layers[relative])
+            else:
+                dense.append(name)
+        dense += _readers(block.structure.name, block.structure.groups)
+    return quantization_config(
+        {stored_name(structure.family, n): s for n, s in schemes.items()},
+        [stored_name(structure.family, n) for n in dense],
+    )
+
+
+def _readers(block: str, groups: Iterable[Any]) -> list[str]:
+    return sorted({f"{block}.{reader}" for group in groups for reader in group.readers})

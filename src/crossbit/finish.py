@@ -1,0 +1,310 @@
+"""From finished blocks to a published folder: assemble, evaluate, verify, report, rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import crossbit
+from crossbit.cache import atomic_write
+from crossbit.corpora import evaluation_windows, load_text
+from crossbit.engine.plan import ModelPlan
+from crossbit.engine.progress import Reporter, peak_memory
+from crossbit.engine.workdir import WorkDir, part_name
+from crossbit.errors import WorkError
+from crossbit.evaluate.run import compare_losses, losses_of
+from crossbit.export.artifact import folder_config, stored_name
+from crossbit.export.research import wrap
+from crossbit.export.shards import ShardWriter
+from crossbit.models.families import needs_bos
+from crossbit.models.source import ModelFolder
+from crossbit.models.structure import ModelStructure
+from crossbit.output import RESULT_FILE, OutputFolder
+from crossbit.recipe import Recipe
+from crossbit.report.html import write_report
+from crossbit.report.model_card import model_card
+from crossbit.verify import VerifyRecord, file_digests, own_logits, sketch_logits, verify
+
+VERIFY_TOKENS = 512
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
+_NOT_COPIED = {
+    "config.json",
+    "README.md",
+    RESULT_FILE,
+    "report.html",
+    "model.safetensors.index.json",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the run knows when its blocks are done."""
+
+    folder: ModelFolder
+    recipe: Recipe
+    config: Any
+    tokenizer: Any
+    structure: ModelStructure
+    plan: ModelPlan
+    dtype: torch.dtype
+    device: str
+    manifest: dict[str, Any]
+    calibration: dict[str, Any] | None
+    notes: list[str]
+    stages: dict[str, float]
+    peak: dict[str, int]
+    started: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def finish(run: Run, work: WorkDir, output: OutputFolder, reporter: Reporter) -> dict[str, Any]:
+    """Assemble and prove the folder, then give it its final name.
+
+    Returns:
+        The content of its crossbit.json.
+
+    Raises:
+        WorkError: verification failed (the staged folder is kept and named), or a write failed.
+    """
+    staged = work.path / "staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    writer = _write_weights(run, work, staged)
+    _write_config(run, staged)
+    _copy_companions(run, staged)
+    result = _result(run, work, staged)
+    clock = time.monotonic()
+    result["evaluation"] = _evaluate(run, staged, reporter)
+    run.stages["evaluate"] = time.monotonic() - clock
+    run.peak["evaluate"] = peak_memory()
+    clock = time.monotonic()
+    reporter.say("verifying")
+    _verify(run, staged, writer.digests, result)
+    run.stages["verify"] = time.monotonic() - clock
+    run.peak["verify"] = peak_memory()
+    result["time"] = {"total": time.monotonic() - run.started, "stages": run.stages}
+    result["memory"] = {"peak_rss": peak_memory(), "stages": run.peak}
+    _write_json(staged, result)
+    write_report(result, staged)
+    output.publish(staged)
+    return result
+
+
+def _write_weights(run: Run, work: WorkDir, staged: Path) -> ShardWriter:
+    writer = ShardWriter(staged)
+    parts = ["outside", *(part_name(i) for i in range(len(run.plan.blocks)))]
+    for part in parts:
+        for name, tensor in work.tensors(part):
+            writer.add(name, tensor)
+    writer.close()
+    return writer
+
+
+def _write_config(run: Run, staged: Path) -> None:
+    config = json.loads((run.folder.path / "config.json").read_text("utf8"))
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(run.dtype).removeprefix("torch.")
+    config["tie_word_embeddings"] = run.structure.tied
+    config["quantization_config"] = folder_config(run.structure, run.plan)
+    if run.recipe.research:
+        grids = {}
+        for block in run.plan.blocks:
+            for relative, layer in block.layers.items():
+                if layer.activations is not None:
+                    name = stored_name(run.structure.family, f"{block.structure.name}.{relative}")
+                    grids[name] = layer.activations
+        config = wrap(config, grids)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    atomic_write(staged / "config.json", text)
+
+
+def _copy_companions(run: Run, staged: Path) -> None:
+    """Tokenizer, chat template, generation config, licence: every small file that is no weight."""
+    for path in sorted(run.folder.path.iterdir()):
+        name = path.name
+        if not path.is_file() or name.startswith(".") or name in _NOT_COPIED:
+            continue
+        if name.endswith(_WEIGHT_SUFFIXES) or ".safetensors." in name:
+            continue
+        shutil.copyfile(path, staged / name)
+
+
+def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
+    records = [work.record(part_name(i)) for i in range(len(run.plan.blocks))]
+    layers = [{**row, "block": r["block"]} for r in records for row in r["layers"]]
+    for record in records:
+        _attach_alpha(record, layers)
+    return {
+        "crossbit": crossbit.__version__,
+        "kind": "research" if run.recipe.research else "plain",
+        "manifest": run.manifest,
+        "model": {
+            "name": run.folder.name,
+            "origin": run.folder.origin,
+            "note": run.folder.note,
+            "source_bytes": run.folder.source_bytes,
+            "parameters": _parameters(run),
+            "fingerprint": run.folder.fingerprint,
+            "architecture": run.structure.family.model_type,
+        },
+        "recipe": run.recipe.model_dump(mode="json"),
+        "calibration": run.calibration,
+        "size": _size(run, staged),
+        "layers": layers,
+        "blocks": [
+            {
+                "block": r["block"],
+                "relative_error": r["relative_error"],
+                "seconds": r["seconds"],
+                "massive_tokens": r["massive_tokens"],
+            }
+            for r in records
+        ],
+        "folds": [{"block": r["block"], **fold} for r in records for fold in r["folds"]],
+        "alpha": _alpha_summary(records),
+        "counts": {
+            "quantized": run.plan.quantized,
+            "ignored": run.plan.ignored,
+            "linear_layers": run.structure.linear_count,
+        },
+        "warnings": _warnings(run, staged, layers),
+    }
+
+
+def _attach_alpha(record: dict[str, Any], layers: list[dict[str, Any]]) -> None:
+    """Give each layer of the block the alpha that its group's fold chose."""
+    groups = {f["group"]: f.get("chosen") for f in record["folds"] if f["kind"] == "cross_fold"}
+    for row in layers:
+        if row["block"] == record["block"] and row.get("group") in groups:
+            row["alpha"] = groups[row["group"]]
+
+
+def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the search chose, and the mean output error at every fixed alpha."""
+    chosen: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
+    best: list[float] = []
+    for record in records:
+        for fold in record["folds"]:
+            if fold["kind"] != "cross_fold" or "losses" not in fold:
+                continue
+            chosen[f"block {record['block']} {fold['group']}"] = fold["chosen"]
+            best.append(min(fold["losses"].values()))
+            for alpha, loss in fold["losses"].items():
+                losses.setdefault(alpha, []).append(loss)
+    if not chosen:
+        return None
+    fixed = {alpha: sum(values) / len(values) for alpha, values in losses.items()}
+    return {"chosen": chosen, "fixed": fixed, "searched": sum(best) / len(best)}
+
+
+def _parameters(run: Run) -> int:
+    """Parameters of the model, a tied head counted once."""
+    from crossbit.models.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(run.folder.path)
+    total = 0
+    for name in checkpoint.names:
+        count = 1
+        for size in checkpoint.shape(name):
+            count *= size
+        total += count
+    return total
+
+
+def _size(run: Run, staged: Path) -> dict[str, Any]:
+    weights = sum(p.stat().st_size for p in staged.glob("*.safetensors"))
+    parameters = _parameters(run)
+    source = run.folder.source_bytes
+    return {
+        "file_bytes": weights,
+        "source_bytes": source,
+        "bytes_per_parameter": weights / parameters,
+        "bits_per_weight": 8 * weights / parameters,
+        "larger_than_source": weights > source,
+        "embedding": "floating point"
+        if run.plan.embedding is None
+        else run.plan.embedding.describe(),
+    }
+
+
+def _warnings(run: Run, staged: Path, layers: list[dict[str, Any]]) -> list[str]:
+    notes = list(run.notes)
+    size = _size(run, staged)
+    if size["larger_than_source"]:
+        notes.append(
+            f"the result ({size['file_bytes']:,} bytes) is larger than its source "
+            f"({size['source_bytes']:,} bytes)"
+        )
+    notes += [f"{row['name']}: {row['note']}" for row in layers if row["note"]]
+    return notes
+
+
+def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | None:
+    settings = run.recipe.evaluation
+    if settings.windows == 0:
+        return None
+    limit = getattr(run.config, "max_position_embeddings", None) or settings.length
+    length = min(settings.length, int(limit))
+    corpus = load_text(settings.text, split="evaluation", tokenizer=run.tokenizer)
+    ids = evaluation_windows(
+        corpus, run.tokenizer, length=length, windows=None, bos=needs_bos(run.config)
+    )[: settings.windows]
+    options: dict[str, Any] = {"dtype": run.dtype, "device": run.device, "reporter": reporter}
+    original = losses_of(run.folder.path, ids, title="evaluating the original", **options)
+    quantized = losses_of(staged, ids, title="evaluating the result", **options)
+    return {
+        "text": corpus.name,
+        "length": length,
+        "windows": len(ids),
+        "tokens": int(ids.numel()),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "bos": needs_bos(run.config),
+        "path": "fake-quant" if run.recipe.research else "exported integers",
+        **compare_losses(original, quantized),
+    }
+
+
+def _verify(run: Run, staged: Path, digests: dict[str, str], result: dict[str, Any]) -> None:
+    text = load_text(None, split="evaluation")
+    limit = getattr(run.config, "max_position_embeddings", None) or VERIFY_TOKENS
+    ids = evaluation_windows(
+        text,
+        run.tokenizer,
+        length=min(VERIFY_TOKENS, int(limit)),
+        windows=1,
+        bos=needs_bos(run.config),
+    )
+    names = sorted(p.name for p in staged.iterdir() if not p.name.endswith(".safetensors"))
+    record = VerifyRecord(
+        tensors=digests,
+        token_ids=ids[0].tolist(),
+        files=file_digests(staged, names),
+        logits=sketch_logits(own_logits(staged, ids, run.device)),
+    )
+    result["verify"] = record.to_dict()
+    card = model_card(result, licence=None, base_model=run.folder.name)
+    atomic_write(staged / "README.md", card)
+    _write_json(staged, result)
+    if run.recipe.research:
+        return
+    report = verify(staged, device=run.device)
+    result["verify"].update(report.to_dict())
+    if not report.passed:
+        failed = [c for c in report.checks if not c.passed]
+        raise WorkError(
+            f"verification failed: {failed[0].name}: {failed[0].detail} (value {failed[0].value}, "
+            f"bound {failed[0].bound}); the unpublished result is in {staged}"
+        )
+
+
+def _write_json(staged: Path, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    atomic_write(staged / RESULT_FILE, text)

@@ -1,0 +1,93 @@
+"""The output folder: either whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from crossbit.errors import InputError, WorkError
+
+RESULT_FILE = "crossbit.json"
+
+
+class OutputFolder:
+    """Where the result goes, and the work folder beside it.
+
+    Attributes:
+        final: the folder that the user named.
+        work: work files; on the same file system by default, so that the last step is a rename.
+    """
+
+    def __init__(self, final: Path, work: Path | None) -> None:
+        self.final = final
+        self.work = work or final.with_name(final.name + ".crossbit-work")
+
+    def check(self, *, overwrite: bool, resume: bool) -> None:
+        """Refuse, before any work, an output that exists or cannot be written.
+
+        Raises:
+            InputError: what is in the way and which option or path helps.
+        """
+        if not self.final.name:
+            raise InputError(f"--out {self.final}: not a folder name; give one such as ./out")
+        if self.final.exists() and not self.final.is_dir():
+            raise InputError(f"--out {self.final}: exists and is not a folder; choose another")
+        if self.final.is_dir() and any(self.final.iterdir()) and not (overwrite or resume):
+            raise InputError(
+                f"--out {self.final}: not empty; give --overwrite to replace it, or another folder"
+            )
+        for path in (self.final.parent, self.work.parent):
+            _check_writable(path)
+
+    def publish(self, staged: Path) -> None:
+        """Move the finished folder to its final name.
+
+        An existing one is moved aside first, and deleted only when the new one is in place.
+
+        Raises:
+            WorkError: the move failed; the finished folder stays where it was staged.
+        """
+        aside = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
+        try:
+            if self.final.exists():
+                os.replace(self.final, aside)
+            try:
+                os.replace(staged, self.final)
+            except OSError:
+                shutil.copytree(staged, self.final)  # another file system (--work)
+        except OSError as error:
+            if aside.exists() and not self.final.exists():
+                os.replace(aside, self.final)
+            raise WorkError(
+                f"{self.final}: cannot be written ({error}); the finished result is in {staged}"
+            ) from None
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of a folder's crossbit.json; InputError if there is none or it is damaged."""
+    path = folder / RESULT_FILE
+    try:
+        data = json.loads(path.read_text("utf8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no {RESULT_FILE}; not a folder that crossbit wrote") from None
+    except (OSError, ValueError):
+        raise InputError(f"{path}: damaged; quantize again with --overwrite") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: damaged; quantize again with --overwrite")
+    return data
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None

@@ -1,0 +1,277 @@
+"""The main job: open, calibrate, quantize block by block, write, evaluate, verify, report."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import crossbit
+from crossbit.compat import check_model, check_recipe, warnings
+from crossbit.corpora import Corpus, calibration_windows, load_text
+from crossbit.engine.loop import Job, needs_calibration, run_blocks
+from crossbit.engine.plan import ModelPlan, make_plan
+from crossbit.engine.progress import Reporter, peak_memory
+from crossbit.engine.workdir import WorkDir
+from crossbit.errors import InputError
+from crossbit.export.artifact import block_tensors, quantize_outside
+from crossbit.finish import Run, finish
+from crossbit.models.checkpoint import Checkpoint
+from crossbit.models.families import needs_bos
+from crossbit.models.opening import open_config, open_tokenizer
+from crossbit.models.shell import Shell
+from crossbit.models.source import ModelFolder, resolve_model
+from crossbit.output import OutputFolder, read_result
+from crossbit.recipe import Recipe
+from crossbit.runtime.install import QuantizedLayer
+from crossbit.runtime.loader import own_dtype
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that was checked before work starts."""
+
+    folder: ModelFolder
+    recipe: Recipe
+    config: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+    shell: Shell
+    plan: ModelPlan
+    dtype: torch.dtype
+    corpus: Corpus | None
+    ids: Tensor | None
+    notes: list[str]
+
+
+def quantize(
+    model: str,
+    recipe: str | Path | Recipe = "crossquant-w8a8",
+    *,
+    out: str | Path,
+    calibration: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    work: str | Path | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    dequantize: bool = False,
+    allow_pickle: bool = False,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Quantize a causal language model into the folder ``out``.
+
+    Args:
+        model: hub name, local folder, GGUF file, or an embedded model ("demo").
+        recipe: preset name, YAML file or ``Recipe``.
+        out: the folder to write; it appears only when everything, verification included, passed.
+        calibration: text name or file; None is the recipe's.
+        samples: calibration sequences; None is the recipe's.
+        length: tokens of each; None is the recipe's.
+        seed: of the choice of calibration windows; None is the recipe's.
+        settings: "key=value" changes to the recipe.
+        resume: go on with an interrupted run; a finished matching ``out`` returns at once.
+        overwrite: replace an existing ``out``.
+        work: the work folder; default ``out`` + ".crossbit-work".
+        revision: of a hub model.
+        dtype: of computation and unquantized tensors; None is the model's own.
+        device: "cpu" or "cuda".
+        dequantize: accept a model that is quantized already, and dequantize it.
+        allow_pickle: accept pickle-only checkpoints.
+        quiet: print nothing.
+
+    Returns:
+        The content of ``out``/crossbit.json.
+
+    Raises:
+        InputError: bad input, found before work starts. WorkError: a failure after that.
+    """
+    reporter = Reporter(quiet)
+    started = time.monotonic()
+    chosen = _with_options(Recipe.load(recipe, settings), calibration, samples, length, seed)
+    check_recipe(chosen)
+    output = OutputFolder(Path(out), Path(work) if work else None)
+    output.check(overwrite=overwrite, resume=resume)
+    _check_device(device)
+    folder = resolve_model(
+        model, revision=revision, dtype=dtype, dequantize=dequantize, allow_pickle=allow_pickle
+    )
+    prepared = _prepare(folder, chosen, dtype, device)
+    manifest = _manifest(prepared)
+    if resume and output.final.exists():
+        known = read_result(output.final)
+        if known.get("manifest") == manifest:
+            reporter.say(f"{output.final}: finished already, nothing to do")
+            return known
+        if not overwrite:
+            raise InputError(
+                f"{output.final}: holds the result of other work; give another --out or --overwrite"
+            )
+    for note in prepared.notes:
+        reporter.say(f"note: {note}")
+    stages: dict[str, float] = {"prepare": time.monotonic() - started}
+    directory = WorkDir(output.work)
+    directory.begin(manifest, resume=resume)
+    clock = time.monotonic()
+    _run(prepared, directory, reporter)
+    stages["quantize"] = time.monotonic() - clock
+    peak = {"quantize": peak_memory()}
+    run = Run(
+        folder=folder,
+        recipe=chosen,
+        config=prepared.config,
+        tokenizer=prepared.tokenizer,
+        structure=prepared.shell.structure,
+        plan=prepared.plan,
+        dtype=prepared.dtype,
+        device=device,
+        manifest=manifest,
+        calibration=_calibration_record(prepared),
+        notes=prepared.notes,
+        stages=stages,
+        peak=peak,
+        started=started,
+    )
+    _release(prepared)
+    result = finish(run, directory, output, reporter)
+    shutil.rmtree(output.work, ignore_errors=True)
+    return result
+
+
+def _with_options(
+    recipe: Recipe,
+    calibration: str | None,
+    samples: int | None,
+    length: int | None,
+    seed: int | None,
+) -> Recipe:
+    options = {"text": calibration, "samples": samples, "length": length, "seed": seed}
+    given = [f"calibration.{k}={v}" for k, v in options.items() if v is not None]
+    return Recipe.load(recipe, given) if given else recipe
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: no CUDA device is visible to torch; use cpu")
+
+
+def _prepare(
+    folder: ModelFolder, recipe: Recipe, dtype: torch.dtype | None, device: str
+) -> Prepared:
+    config = open_config(folder.path)
+    tokenizer = open_tokenizer(folder.path)
+    checkpoint = Checkpoint(folder.path)
+    shell = Shell(config, device=device)
+    shell.check(checkpoint)
+    check_model(recipe, shell.structure)
+    width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
+    plan = make_plan(shell.structure, recipe, int(width))
+    corpus = ids = None
+    settings = recipe.calibration
+    if needs_calibration(recipe):
+        check_length(config, settings.length)
+        corpus = load_text(settings.text, split="calibration", tokenizer=tokenizer)
+        ids = calibration_windows(
+            corpus,
+            tokenizer,
+            samples=settings.samples,
+            length=settings.length,
+            seed=settings.seed,
+            bos=needs_bos(config),
+        )
+    if recipe.evaluation.windows:
+        # Found now rather than after the work: an evaluation text that cannot be read.
+        load_text(recipe.evaluation.text, split="evaluation", tokenizer=tokenizer)
+    return Prepared(
+        folder=folder,
+        recipe=recipe,
+        config=config,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        shell=shell,
+        plan=plan,
+        dtype=dtype or own_dtype(config),
+        corpus=corpus,
+        ids=ids,
+        notes=warnings(recipe, shell.structure),
+    )
+
+
+def check_length(config: Any, length: int) -> None:
+    """InputError if sequences of ``length`` tokens are longer than the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise InputError(
+            f"sequences of {length} tokens are longer than the model's {limit} positions; "
+            f"give --length {limit} or less"
+        )
+
+
+def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
+    shell, dtype = prepared.shell, prepared.dtype
+    shell.load_outside(prepared.checkpoint, dtype)
+    # Also on resume: the stream starts from the quantized embedding.
+    outside = quantize_outside(shell, prepared.plan, dtype)
+    if not directory.has_part("outside"):
+        directory.save_part("outside", outside, {})
+    del outside
+
+    def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
+        plan = prepared.plan.blocks[index]
+        family = shell.structure.family
+        return block_tensors(family, plan.structure.name, block, layers, plan.layers, dtype)
+
+    job = Job(
+        shell,
+        prepared.checkpoint,
+        prepared.plan,
+        prepared.recipe,
+        prepared.ids,
+        dtype,
+        write,
+    )
+    run_blocks(job, directory, reporter)
+
+
+def _release(prepared: Prepared) -> None:
+    """Drop embedding and head before the evaluation loads its own."""
+    prepared.shell.model.to("meta")
+
+
+def _manifest(prepared: Prepared) -> dict[str, Any]:
+    ids = prepared.ids
+    digest = "none" if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return {
+        "crossbit version": crossbit.__version__,
+        "model": prepared.folder.fingerprint,
+        "recipe": prepared.recipe.digest,
+        "calibration text": digest,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+    }
+
+
+def _calibration_record(prepared: Prepared) -> dict[str, Any] | None:
+    if prepared.corpus is None or prepared.ids is None:
+        return None
+    settings = prepared.recipe.calibration
+    return {
+        "name": prepared.corpus.name,
+        "source": prepared.corpus.source,
+        "samples": settings.samples,
+        "length": settings.length,
+        "seed": settings.seed,
+        "tokens": prepared.ids.numel(),
+        "sha256": prepared.corpus.sha256,
+    }

@@ -1,0 +1,348 @@
+"""The recipe: one choice on each axis, as validated YAML.
+
+A recipe is data. It names what happens (transforms, activation grid, weight solver, weight grid)
+and never how; every ``kind`` below is one file elsewhere. Unknown keys are refused with the
+nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crossbit.activations.grid import ActivationGrid
+from crossbit.errors import InputError
+from crossbit.grid import Grid, auto_group_size
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightGrid(_Strict):
+    """The grid axis. ``group`` is "channel", "tensor", a number of input channels, or "auto"."""
+
+    bits: int = Field(4, ge=2, le=8)
+    symmetric: bool = True
+    group: Literal["channel", "tensor", "auto"] | Annotated[int, Field(gt=0)] = "channel"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    divisor: float | None = Field(None, gt=0)
+
+    def grid(self, columns: int) -> Grid:
+        """The concrete grid of a layer with ``columns`` input channels."""
+        group: int | str = self.group
+        if group == "auto":
+            group = auto_group_size(columns)
+        grid = Grid(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            strategy=group if group in ("channel", "tensor") else "group",  # type: ignore[arg-type]
+            group_size=group if isinstance(group, int) else None,
+            scale_dtype=_DTYPES[self.scale_dtype],
+            divisor=self.divisor,
+        )
+        grid.groups(columns)
+        return grid
+
+
+class Activations(_Strict):
+    """The activation axis. See ``crossbit.activations.grid`` for the kinds.
+
+    ``cross_folded`` is CrossQuant's deployable mode: per token on a model whose column factors a
+    ``cross_fold`` transform moved into the weights.
+    """
+
+    bits: int = Field(8, ge=2, le=8)
+    kind: Literal[
+        "per_token",
+        "per_tensor_static",
+        "cross_dynamic",
+        "cross_static",
+        "cross_static_clip",
+        "cross_folded",
+    ] = "per_token"
+    alpha: float = Field(0.15, ge=0, le=1)
+    divisor: float | None = Field(None, gt=0)
+    percentile: float = Field(100.0, gt=50, le=100)
+    skip_massive: bool = False
+
+    def grid(self) -> ActivationGrid:
+        """The grid a layer executes."""
+        kind = "per_token" if self.kind == "cross_folded" else self.kind
+        alpha = self.alpha if kind.startswith("cross") else 1.0
+        return ActivationGrid(bits=self.bits, kind=kind, divisor=self.divisor, alpha=alpha)
+
+
+class CrossFold(_Strict):
+    """CrossQuant's column factor c_j^(1-alpha), folded into the layer before."""
+
+    kind: Literal["cross_fold"] = "cross_fold"
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    alphas: tuple[float, ...] = DEFAULT_ALPHAS
+    weight_term: bool = False
+    percentile: float = Field(100.0, gt=50, le=100)
+    skip_massive: bool = True
+
+
+class Smooth(_Strict):
+    """SmoothQuant (arXiv 2211.10438): f_j = max|X_j|^s / max|W_j|^(1-s)."""
+
+    kind: Literal["smooth"] = "smooth"
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+    targets: Literal["norms", "all"] = "norms"
+
+
+class AwqScale(_Strict):
+    """AWQ's scale search (arXiv 2306.00978): f_j = mean|X_j|^r, r searched on the output error."""
+
+    kind: Literal["awq_scale"] = "awq_scale"
+    points: int = Field(20, ge=1, le=100)
+
+
+Transform = Annotated[CrossFold | Smooth | AwqScale, Field(discriminator="kind")]
+
+
+class Rtn(_Strict):
+    """Round to nearest. ``clip``: none, mse (weight error), or awq (output error on a sample)."""
+
+    kind: Literal["rtn"] = "rtn"
+    clip: Literal["none", "mse", "awq"] = "none"
+
+
+class Gptq(_Strict):
+    """GPTQ (arXiv 2210.17323)."""
+
+    kind: Literal["gptq"] = "gptq"
+    block_size: int = Field(128, ge=1)
+    act_order: bool = True
+    damp: float = Field(0.05, gt=0)
+    damping: Literal["diagonal", "mean"] = "diagonal"
+    clip: Literal["none", "mse", "hessian"] = "hessian"
+    refine: int = Field(2, ge=0)
+
+
+Solver = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+
+
+class Calibration(_Strict):
+    """How much text is used, and how it is cut. ``holdout`` is kept out of column maxima."""
+
+    text: str = "embedded"
+    samples: int = Field(64, ge=2)
+    length: int = Field(1024, ge=8)
+    holdout: float = Field(0.25, gt=0, lt=1)
+    seed: int = 0
+
+
+class Evaluation(_Strict):
+    """What is measured after a run, on the original and the result; windows 0: nothing."""
+
+    text: str = "embedded"
+    windows: int = Field(8, ge=0)
+    length: int = Field(2048, ge=8)
+
+
+class Override(_Strict):
+    """Other choices for the layers that ``match`` names (a role, a name or a glob pattern)."""
+
+    match: str
+    weights: WeightGrid | None = None
+    activations: Activations | Literal["none"] | None = None
+    solver: Solver | None = None
+
+
+class Recipe(_Strict):
+    """A full recipe; ``Recipe.load`` reads a preset or a file."""
+
+    name: str
+    summary: str = ""
+    source: str = ""
+    weights: WeightGrid = WeightGrid()
+    activations: Activations | None = None
+    transforms: tuple[Transform, ...] = ()
+    solver: Solver = Rtn()
+    embedding: WeightGrid | None = WeightGrid(bits=8, group="channel")
+    head: WeightGrid | None = WeightGrid(bits=8, group="channel")
+    overrides: tuple[Override, ...] = ()
+    ignore: tuple[str, ...] = ()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+
+    @classmethod
+    def load(cls, recipe: str | Path | Recipe, settings: Iterable[str] = ()) -> Recipe:
+        """Read a preset by name or a YAML file, then apply ``key=value`` settings.
+
+        Raises:
+            InputError: unknown preset or key (with the nearest name), or a value out of range.
+        """
+        if isinstance(recipe, Recipe):
+            data, where = recipe.model_dump(mode="json"), recipe.name
+        else:
+            data, where = _read(recipe)
+        for setting in settings:
+            _apply(data, setting)
+        return cls.parse(data, where)
+
+    @classmethod
+    def parse(cls, data: Any, where: str) -> Recipe:
+        """Validate a mapping; ``where`` names it in errors."""
+        if not isinstance(data, dict):
+            raise InputError(f"recipe {where}: not a mapping of keys to values")
+        data = {"name": Path(where).stem, **data}
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"recipe {where}: {_explain(error)}") from None
+
+    @property
+    def research(self) -> bool:
+        """True if some layer uses an activation mode that no plain runtime executes."""
+        kinds = [self.activations, *(o.activations for o in self.overrides)]
+        return any(isinstance(a, Activations) and a.grid().research for a in kinds)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def ignores(self, *names: str) -> bool:
+        """True if any of a layer's names is matched by ``ignore``."""
+        return any(matches(pattern, name) for pattern in self.ignore for name in names)
+
+    def for_layer(self, *names: str) -> tuple[WeightGrid, Activations | None, Solver]:
+        """Weights, activations and solver of a layer, later overrides winning."""
+        weights, activations, solver = self.weights, self.activations, self.solver
+        for override in self.overrides:
+            if any(matches(override.match, name) for name in names):
+                weights = override.weights or weights
+                solver = override.solver or solver
+                if override.activations is not None:
+                    none = override.activations == "none"
+                    activations = None if none else override.activations  # type: ignore[assignment]
+        return weights, activations, solver
+
+
+def matches(pattern: str, name: str) -> bool:
+    """True if ``pattern`` is the name, its last parts, or a glob over it."""
+    return (
+        name == pattern
+        or name.endswith("." + pattern)
+        or fnmatch.fnmatchcase(name, pattern)
+        or name.startswith(pattern + ".")
+    )
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that come with crossbit."""
+    folder = resources.files("crossbit") / "recipes"
+    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The YAML text of a preset; InputError with the nearest name if there is none."""
+    if name not in preset_names():
+        raise InputError(
+            f"recipe {name!r}: no preset and no file of that name"
+            + nearest(name, preset_names())
+            + "; `crossbit recipes` lists them"
+        )
+    return (resources.files("crossbit") / "recipes" / f"{name}.yaml").read_text("utf8")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A '; did you mean X?' suffix, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _read(recipe: str | Path) -> tuple[Any, str]:
+    path = Path(recipe)
+    is_file = path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir())
+    if is_file:
+        try:
+            text = path.read_text("utf8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe {path}: cannot be read ({error}); check the path") from None
+    else:
+        text = preset_text(str(recipe))
+    try:
+        return yaml.safe_load(text), str(recipe)
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        at = f" at line {line + 1}" if line is not None else ""
+        raise InputError(f"recipe {path}: not valid YAML{at}; fix the file") from None
+
+
+def _apply(data: Any, setting: str) -> None:
+    """Set one dotted ``key=value``; numbers index lists; values are YAML."""
+    key, sign, value = setting.partition("=")
+    if not sign or not key:
+        raise InputError(f"--set {setting!r}: expected key=value, such as weights.bits=4")
+    parts, node = key.split("."), data
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(f"--set {setting!r}: {part!r} is no index below {len(node)}")
+            node = node[int(part)]
+            continue
+        if not isinstance(node.get(part), dict | list):
+            node[part] = {}
+        node = node[part]
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {setting!r}: the value is not valid YAML") from None
+    if isinstance(node, list):
+        if not parts[-1].isdigit() or int(parts[-1]) >= len(node):
+            raise InputError(f"--set {setting!r}: no such index")
+        node[int(parts[-1])] = parsed
+    else:
+        node[parts[-1]] = parsed
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first problem of a validation error, with the nearest valid key."""
+    first = error.errors()[0]
+    place = ".".join(str(p) for p in first["loc"]) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in first["loc"][:-1]:
+            if isinstance(part, str):
+                model = _FIELDS.get(part, model)
+        key = str(first["loc"][-1])
+        names = list(model.model_fields)
+        return f"unknown key {place!r}{nearest(key, names)}; valid keys: {', '.join(names)}"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{place}: {message}, got {first.get('input')!r}"
+
+
+_FIELDS: dict[str, type[BaseModel]] = {
+    "weights": WeightGrid,
+    "embedding": WeightGrid,
+    "head": WeightGrid,
+    "WeightGrid": WeightGrid,
+    "activations": Activations,
+    "Activations": Activations,
+    "overrides": Override,
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "cross_fold": CrossFold,
+    "smooth": Smooth,
+    "awq_scale": AwqScale,
+    "rtn": Rtn,
+    "gptq": Gptq,
+}

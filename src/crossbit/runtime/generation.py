@@ -1,0 +1,64 @@
+"""Text generation from a folder, through transformers' own decoding loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from crossbit.errors import InputError
+from crossbit.export.research import is_research
+from crossbit.models.families import needs_bos
+from crossbit.models.opening import open_tokenizer
+from crossbit.models.quiet import quiet_transformers
+from crossbit.models.validate import read_config
+from crossbit.runtime.loader import folder_config, load_model
+
+
+def generate_text(
+    folder: Path,
+    prompt: str,
+    *,
+    tokens: int,
+    chat: bool,
+    seed: int | None,
+    dtype: torch.dtype | None,
+    device: str,
+) -> str:
+    """Continue ``prompt`` by at most ``tokens`` tokens; see ``crossbit.generate``."""
+    tokenizer = open_tokenizer(folder)
+    if chat:
+        if not tokenizer.chat_template:
+            raise InputError(f"{folder}: no chat template; leave out --chat")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    bos = needs_bos(folder_config(folder)) and not chat
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    if bos:
+        ids = torch.cat((torch.tensor([[tokenizer.bos_token_id]]), ids), dim=1)
+    model: Any
+    if is_research(read_config(folder)):
+        model = load_model(folder, dtype=dtype, device=device)
+        model.config.use_cache = True
+    else:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype or "auto", local_files_only=True
+            ).to(device)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    if seed is not None:
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True}
+    pad = tokenizer.pad_token_id
+    out = model.generate(
+        ids.to(device),
+        attention_mask=torch.ones_like(ids).to(device),
+        max_new_tokens=tokens,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        **sampling,
+    )
+    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,148 @@
+"""Open a folder, original or quantized, as a model that loads block by block.
+
+Quantized folders are executed by crossbit's own layers from the stored integers, not by the
+library that ``verify`` compares with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from crossbit.export.reader import QuantizedCheckpoint, is_quantized
+from crossbit.export.research import is_research, model_config
+from crossbit.grid import QTensor
+from crossbit.models.checkpoint import Checkpoint
+from crossbit.models.experts import TensorSource, checkpoint_name
+from crossbit.models.opening import open_config
+from crossbit.models.shell import Shell
+from crossbit.models.validate import read_config
+from crossbit.runtime.install import QuantizedLayer, install
+from crossbit.runtime.linear import Execution
+
+
+class BlockSource:
+    """A model whose blocks are loaded on demand.
+
+    Attributes:
+        shell: the model; embedding, final norm and head are loaded.
+        dtype: of computation.
+        quantized: the integer checkpoint, or None for a plain model.
+    """
+
+    def __init__(
+        self,
+        shell: Shell,
+        checkpoint: TensorSource,
+        dtype: torch.dtype,
+        *,
+        quantized: QuantizedCheckpoint | None = None,
+        execution: Execution = "auto",
+        divisor: float | None = None,
+    ) -> None:
+        self.shell = shell
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.quantized = quantized
+        self.execution = execution
+        self.divisor = divisor
+        shell.load_outside(checkpoint, dtype)
+
+    def load(self, index: int) -> nn.Module:
+        """Materialise block ``index``, with quantized layers installed."""
+        block = self.shell.load_block(index, self.checkpoint, self.dtype)
+        if self.quantized is not None:
+            structure = self.shell.structure.blocks[index]
+            layers = {}
+            for name in structure.linears:
+                layer = self._layer(f"{structure.name}.{name}")
+                if layer is not None:
+                    layers[name] = layer
+            install(block, structure, layers, self.dtype, self.execution)
+        return block
+
+    def _layer(self, name: str) -> QuantizedLayer | None:
+        assert self.quantized is not None
+        stored = checkpoint_name(self.shell.structure.family, f"{name}.weight")
+        stored = stored.removesuffix(".weight")
+        layer = self.quantized.layer(stored)
+        if layer is None or layer.activations is None or self.divisor is None:
+            return layer
+        return replace(layer, activations=replace(layer.activations, divisor=self.divisor))
+
+    def qtensor(self, name: str) -> QTensor | None:
+        """The stored integers of a layer (path in the model), None if it is not quantized."""
+        layer = self._layer(name) if self.quantized is not None else None
+        return None if layer is None else layer.qtensor
+
+    def free(self, index: int) -> None:
+        """Drop block ``index``."""
+        self.shell.free_block(index)
+
+
+def open_blocks(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    attn: str = "sdpa",
+    device: str = "cpu",
+    execution: Execution = "auto",
+    divisor: float | None = None,
+) -> BlockSource:
+    """Open a local folder, original or quantized.
+
+    Args:
+        folder: config.json and safetensors.
+        dtype: of computation; None is the model's own.
+        attn: "sdpa" or "eager".
+        device: "cpu" or "cuda".
+        execution: how quantized layers run (see ``QuantLinear``).
+        divisor: overrides the divisor of the activation grids (127 is what vLLM's kernels use).
+
+    Raises:
+        InputError: a damaged or unknown folder.
+    """
+    config: Any = folder_config(folder)
+    dtype = dtype or own_dtype(config)
+    shell = Shell(config, attn=attn, device=device)
+    if is_quantized(folder):
+        quantized = QuantizedCheckpoint(folder)
+        return BlockSource(
+            shell, quantized, dtype, quantized=quantized, execution=execution, divisor=divisor
+        )
+    return BlockSource(shell, Checkpoint(folder), dtype)
+
+
+def folder_config(folder: Path) -> Any:
+    """The transformers config of a folder; that of the model inside for a research folder."""
+    if not is_research(read_config(folder)):
+        return open_config(folder)
+    inner = dict(model_config(folder))
+    return AutoConfig.for_model(inner.pop("model_type"), **inner)
+
+
+def own_dtype(config: Any) -> torch.dtype:
+    """The dtype that config.json names, float32 if it names none."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    attn: str = "sdpa",
+    device: str = "cpu",
+    execution: Execution = "auto",
+) -> nn.Module:
+    """The whole model in memory: a transformers causal LM with crossbit's layers inside."""
+    source = open_blocks(folder, dtype=dtype, attn=attn, device=device, execution=execution)
+    for index in range(source.shell.num_blocks):
+        source.load(index)
+    model: nn.Module = source.shell.model
+    return model

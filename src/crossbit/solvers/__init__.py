@@ -1,0 +1,1 @@
+"""Weight solvers: how a weight becomes integers. Pure functions on tensors."""

@@ -1,0 +1,508 @@
+"""Proof that a quantized folder is what was evaluated, and that another library reads it so.
+
+Each check is a row with a measured value and its bound:
+
+    tensors   every stored tensor has the digest recorded when the model was evaluated
+    files     so has every other recorded file (config.json and the like)
+    reload    transformers loads the folder with nothing missing, unexpected or mismatched
+    weights   its dequantized weights equal codes x scale of our own reader, bit for bit
+    layers    given the same input, its linear layers give what ours give
+    logits    its float32 eager logits are those of our own model
+    recorded  they are also the ones recorded at evaluation
+
+A research folder has an input quantizer that only crossbit executes: there our own model is
+compared with the record, and transformers must refuse the folder (row "refused").
+
+Only one whole model is in memory at a time; layers are compared as the forward pass reaches them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from crossbit.errors import InputError
+from crossbit.export.fingerprint import tensor_sha256
+from crossbit.export.reader import QUANTIZED_PARTS, QuantizedCheckpoint
+from crossbit.export.research import is_research
+from crossbit.export.scheme import INT
+from crossbit.models.experts import checkpoint_name, is_expert
+from crossbit.models.families import family_of
+from crossbit.models.quiet import quiet_transformers
+from crossbit.models.shell import build_empty
+from crossbit.models.validate import read_config
+from crossbit.runtime.install import QuantizedLayer
+from crossbit.runtime.linear import QuantLinear
+from crossbit.runtime.loader import load_model
+
+RECORD_FILE = "crossbit.json"
+RECORD_KEY = "verify"
+LAYER_BOUND = 1e-5  # relative, Frobenius norm
+LOGITS_BOUND = 1e-4  # largest difference in standard deviations of the logits
+# Float sums differ between processors; a quantized input may then round to the neighbouring code.
+RECORDED_BOUND = {False: 1e-4, True: 5e-2}
+_SKETCH_POSITIONS, _SKETCH_TOKENS = 32, 8
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the report: ``passed`` is value <= bound where both are given."""
+
+    name: str
+    passed: bool
+    value: float | None
+    bound: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All rows, in the order they were checked."""
+
+    folder: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+
+
+@dataclass(frozen=True)
+class VerifyRecord:
+    """What crossbit.json says about the evaluated model.
+
+    Attributes:
+        tensors: stored tensor name -> digest.
+        token_ids: real text that the logits are compared on.
+        files: other file name -> SHA-256 of its bytes.
+        logits: see ``sketch_logits``; None if not recorded.
+    """
+
+    tensors: dict[str, str]
+    token_ids: list[int]
+    files: dict[str, str] = field(default_factory=dict)
+    logits: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of the key "verify" in crossbit.json."""
+        return asdict(self)
+
+
+def verify(folder: Path | str, *, device: str = "cpu") -> VerifyReport:
+    """Check a folder that ``quantize`` wrote.
+
+    Args:
+        folder: the quantized folder with its crossbit.json.
+        device: where the models run.
+
+    Returns:
+        The report; a check that fails is a row in it, not an exception.
+
+    Raises:
+        InputError: no such folder, no record in it, or a folder that our own reader refuses.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    checkpoint = QuantizedCheckpoint(folder)
+    checks = [check_tensors(checkpoint, record.tensors), check_files(folder, record.files)]
+    ids = torch.tensor([record.token_ids], dtype=torch.long)
+    try:
+        own = own_logits(folder, ids, device)
+    except InputError as error:
+        if all(check.passed for check in checks):
+            raise
+        # The changes found above broke the model; they are the news.
+        checks.append(Check("open", False, None, None, str(error)))
+        return VerifyReport(folder, tuple(checks))
+    if is_research(read_config(folder)):
+        checks.append(check_refused(folder))
+        if record.logits is not None:
+            checks.append(check_recorded(own, record.logits, True))
+        return VerifyReport(folder, tuple(checks))
+    model, reloaded = reload_model(folder, checkpoint, device)
+    checks.append(reloaded)
+    if model is not None:
+        comparison = LayerComparison(model, checkpoint)
+        with comparison, torch.no_grad():
+            logits = model(input_ids=ids.to(device), use_cache=False).logits[0].float().cpu()
+        compare_experts(model, checkpoint, comparison)
+        checks += comparison.rows()
+        checks.append(check_logits(logits, own))
+        if record.logits is not None:
+            checks.append(check_recorded(logits, record.logits, rounds_inputs(checkpoint)))
+    return VerifyReport(folder, tuple(checks))
+
+
+# -- the record -----------------------------------------------------------------------------------
+
+
+def read_record(folder: Path) -> VerifyRecord:
+    """The record of a folder.
+
+    Raises:
+        InputError: no folder, no crossbit.json, or no usable record in it.
+    """
+    path = folder / RECORD_FILE
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give one that 'crossbit quantize' wrote")
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: no {RECORD_FILE}; give a folder that 'crossbit quantize' wrote"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        record = content[RECORD_KEY]
+        result = VerifyRecord(
+            tensors={str(k): str(v) for k, v in record["tensors"].items()},
+            token_ids=[int(token) for token in record["token_ids"]],
+            files={str(k): str(v) for k, v in (record.get("files") or {}).items()},
+            logits=record.get("logits"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: no usable {RECORD_KEY!r} record ({type(error).__name__}: {error}); "
+            "quantize the model again"
+        ) from error
+    if not result.tensors or len(result.token_ids) < 2 or min(result.token_ids) < 0:
+        raise InputError(f"{path}: the {RECORD_KEY!r} record is empty; quantize the model again")
+    return result
+
+
+def file_digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of small files of a folder, by name."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def sketch_logits(logits: Tensor) -> dict[str, Any]:
+    """A small part of the logits [T, V] that identifies them: the largest at spread positions.
+
+    Returns:
+        std (of all), positions [P], tokens [P][k] and values [P][k].
+    """
+    count = min(_SKETCH_POSITIONS, logits.shape[0])
+    positions = torch.linspace(0, logits.shape[0] - 1, count).round().long()
+    values, tokens = logits[positions].float().topk(min(_SKETCH_TOKENS, logits.shape[1]), dim=-1)
+    return {
+        "std": float(logits.float().std()),
+        "positions": positions.tolist(),
+        "tokens": tokens.tolist(),
+        "values": values.tolist(),
+    }
+
+
+# -- checks of the files --------------------------------------------------------------------------
+
+
+def check_tensors(checkpoint: QuantizedCheckpoint, expected: Mapping[str, str]) -> Check:
+    """Every stored tensor is recorded, and has the recorded digest; the value counts the others."""
+    stored = checkpoint.stored
+    changed = [
+        name
+        for name in stored.names
+        if tensor_sha256(name, stored.tensor(name)) != expected.get(name)
+    ]
+    missing = sorted(set(expected) - set(stored.names))
+    wrong = changed + missing
+    detail = f"{len(stored.names)} tensors" if not wrong else f"differ: {_some(wrong)}"
+    return Check("tensors", not wrong, len(wrong), 0, detail)
+
+
+def check_files(folder: Path, expected: Mapping[str, str]) -> Check:
+    """Every recorded file is there with the recorded bytes; the value counts the others."""
+    wrong = [
+        name
+        for name, digest in sorted(expected.items())
+        if not (folder / name).is_file() or file_digests(folder, [name])[name] != digest
+    ]
+    detail = f"{len(expected)} files" if not wrong else f"differ: {_some(wrong)}"
+    return Check("files", not wrong, len(wrong), 0, detail)
+
+
+# -- the two models -------------------------------------------------------------------------------
+
+
+def own_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
+    """Float32 eager logits [T, V] of our own model on token ids [1, T]."""
+    model = load_model(folder, dtype=torch.float32, attn="eager", device=device, execution="fake")
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    if int(ids.max()) >= vocabulary:
+        raise InputError(
+            f"{folder / RECORD_FILE}: token {int(ids.max())} is outside the vocabulary of "
+            f"{vocabulary}; the record belongs to another model"
+        )
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits[0]
+    return logits.float().cpu()
+
+
+def reload_model(
+    folder: Path, checkpoint: QuantizedCheckpoint, device: str
+) -> tuple[nn.Module | None, Check]:
+    """The folder as transformers loads it (float32, eager), None if it does not."""
+    options: dict[str, Any] = {}
+    if _needs_dequantize(checkpoint):
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    try:
+        with quiet_transformers():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                output_loading_info=True,
+                local_files_only=True,
+                **options,
+            )
+    except Exception as error:  # whatever another library raises is a failed check
+        reason = " ".join(str(error).split())[:300]
+        return None, Check(
+            "reload",
+            False,
+            None,
+            None,
+            f"transformers cannot load it: {type(error).__name__}: {reason}",
+        )
+    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    wrong["missing_keys"] = _really_missing(model.config, wrong.get("missing_keys", []))
+    detail = f"transformers {transformers.__version__}"
+    if any(wrong.values()):
+        detail = "; ".join(f"{key.replace('_', ' ')}: {_some(v)}" for key, v in wrong.items() if v)
+    count = sum(len(value) for value in wrong.values())
+    return model.eval().to(device), Check("reload", count == 0, count, 0, detail)
+
+
+def check_refused(folder: Path) -> Check:
+    """A research folder must not load as something else in transformers."""
+    try:
+        with quiet_transformers():
+            transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        detail = f"research folder; transformers refuses it ({type(error).__name__})"
+        return Check("refused", True, None, None, detail)
+    return Check("refused", False, None, None, "transformers opens this research folder")
+
+
+def _really_missing(config: Any, missing: Sequence[str]) -> list[str]:
+    """Missing keys, less the buffers that no checkpoint stores.
+
+    compressed-tensors makes every buffer of a quantized module a stored one (``embed_scale`` of
+    Gemma-3); transformers then reports it missing and computes it, as it does without
+    quantization.
+    """
+    if not missing:
+        return []
+    stored = set(build_empty(config).state_dict())
+    return [k for k in missing if k in stored or k.rpartition(".")[2] in QUANTIZED_PARTS]
+
+
+def _needs_dequantize(checkpoint: QuantizedCheckpoint) -> bool:
+    """True for packed asymmetric weights: transformers 5.23 reads their zero points only so."""
+    packed = any(
+        not scheme.weights.symmetric and checkpoint.storage(name) != INT
+        for name, scheme in checkpoint.schemes.items()
+    )
+    alike = len({scheme.key for scheme in checkpoint.schemes.values()}) == 1
+    return packed and alike and not rounds_inputs(checkpoint)
+
+
+def rounds_inputs(checkpoint: QuantizedCheckpoint) -> bool:
+    """True if any layer quantizes its input."""
+    return any(scheme.activations is not None for scheme in checkpoint.schemes.values())
+
+
+# -- layer by layer -------------------------------------------------------------------------------
+
+
+class LayerComparison:
+    """Compares every quantized module with our own as the forward pass of a model reaches it.
+
+    Use as a context manager around the forward pass.
+
+    Attributes:
+        unequal: modules whose weights are not bit-equal to codes x scale.
+        outputs: module -> relative difference of its output from ours, for the same input.
+        widened: modules whose input was a matrix of tokens (see ``_widen``).
+        seen: modules compared so far.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: QuantizedCheckpoint) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._handles: list[Any] = []
+        self.unequal: list[str] = []
+        self.outputs: dict[str, float] = {}
+        self.widened: set[str] = set()
+        self.seen: set[str] = set()
+
+    def __enter__(self) -> LayerComparison:
+        modules = dict(self._model.named_modules())
+        for name in self._checkpoint.quantized:
+            module = modules.get(name)
+            if module is None:
+                continue
+            self._handles.append(module.register_forward_pre_hook(self._widen(name)))
+            self._handles.append(module.register_forward_hook(self._compare(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def compare_weight(self, name: str, theirs: Tensor, layer: QuantizedLayer) -> None:
+        """Count a module as seen; bit-equal or noted."""
+        ours = layer.qtensor.dequantize()
+        self.seen.add(name)
+        if theirs.shape != ours.shape or not torch.equal(theirs.detach().cpu().float(), ours):
+            self.unequal.append(name)
+
+    def rows(self) -> list[Check]:
+        """The rows "weights" and "layers"."""
+        unseen = sorted(set(self._checkpoint.quantized) - self.seen)
+        wrong = sorted(self.unequal) + unseen
+        detail = f"{len(self.seen)} modules bit-equal to codes x scale"
+        if wrong:
+            detail = f"differ: {_some(sorted(self.unequal))}" if self.unequal else ""
+            detail += f" not reached: {_some(unseen)}" if unseen else ""
+        rows = [Check("weights", not wrong, len(wrong), 0, detail.strip())]
+        worst = max(self.outputs, key=self._difference, default=None)
+        value = 0.0 if worst is None else self.outputs[worst]
+        detail = f"{len(self.outputs)} linear layers with the same inputs, worst: {worst}"
+        if self.widened:
+            detail += (
+                f"; {len(self.widened)} get a matrix of tokens, to which a batch axis was added "
+                "(transformers alone would give all tokens one scale)"
+            )
+        # "not (>)" would let NaN pass.
+        rows.append(Check("layers", value <= LAYER_BOUND, value, LAYER_BOUND, detail))
+        return rows
+
+    def _difference(self, name: str) -> float:
+        value = self.outputs[name]
+        return float("inf") if value != value else value
+
+    def _widen(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+        """Give per-token layers [1, T, K] where the model hands them [T, K] (OPT does).
+
+        compressed-tensors takes the first two axes for batch and token: of a matrix it would take
+        one scale for all tokens.
+        """
+        scheme = self._checkpoint.schemes[name]
+        per_token = scheme.activations is not None and scheme.activations.kind == "per_token"
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not (per_token and args[0].ndim == 2):
+                return None
+            self.widened.add(name)
+            return (args[0].unsqueeze(0), *args[1:])
+
+        return hook
+
+    def _compare(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            layer = self._checkpoint.layer(name)
+            assert layer is not None
+            assert isinstance(module.weight, Tensor)
+            self.compare_weight(name, module.weight, layer)
+            if isinstance(module, nn.Linear):
+                own = QuantLinear(
+                    layer.qtensor,
+                    module.bias,
+                    layer.activations,
+                    dtype=torch.float32,
+                    execution="fake",
+                    static_scale=layer.static_scale,
+                ).to(output.device)
+                self.outputs[name] = relative_difference(output, own(args[0]))
+            return output.squeeze(0) if name in self.widened else None
+
+        return hook
+
+
+def compare_experts(
+    model: nn.Module, checkpoint: QuantizedCheckpoint, comparison: LayerComparison
+) -> None:
+    """Compare the fused expert weights of a loaded model with the stored experts, one by one."""
+    if not any(is_expert(name) for name in checkpoint.quantized):
+        return
+    family = family_of(model.config)
+    for fused, parameter in model.named_parameters():
+        block, _, part = fused.rpartition(".")
+        if parameter.ndim != 3 or part not in ("gate_up_proj", "down_proj"):
+            continue
+        for expert, matrix in enumerate(parameter.detach()):
+            pieces = {"down_proj": matrix}
+            if part == "gate_up_proj":
+                gate, up = matrix.chunk(2, dim=0)
+                pieces = {"gate_proj": gate, "up_proj": up}
+            for piece, theirs in pieces.items():
+                stored = checkpoint_name(family, f"{block}.{expert}.{piece}.weight")
+                name = stored.removesuffix(".weight")
+                layer = checkpoint.layer(name)
+                if layer is not None:
+                    comparison.compare_weight(name, theirs, layer)
+
+
+def relative_difference(theirs: Tensor, ours: Tensor) -> float:
+    """Frobenius norm of the difference over that of ours; 0 if both are zero."""
+    difference = float(torch.linalg.vector_norm((theirs - ours).double()))
+    size = float(torch.linalg.vector_norm(ours.double()))
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / size
+
+
+# -- logits ---------------------------------------------------------------------------------------
+
+
+def check_logits(theirs: Tensor, ours: Tensor) -> Check:
+    """Largest difference of logits [T, V] in standard deviations of ours."""
+    if theirs.shape != ours.shape:
+        detail = f"shapes {list(theirs.shape)} and {list(ours.shape)}"
+        return Check("logits", False, None, LOGITS_BOUND, detail)
+    largest = max(float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
+    # max() of Python drops NaN: a model that gives NaN must not pass.
+    finite = bool(torch.isfinite(theirs).all()) and bool(torch.isfinite(ours).all())
+    value = largest / float(ours.std()) if finite else float("nan")
+    detail = f"{ours.shape[0]} tokens, float32 eager, largest difference in standard deviations"
+    return Check("logits", value <= LOGITS_BOUND, value, LOGITS_BOUND, detail)
+
+
+def check_recorded(theirs: Tensor, sketch: Mapping[str, Any], rounds: bool) -> Check:
+    """Root mean square difference from the recorded part, in standard deviations.
+
+    Args:
+        theirs: logits [T, V].
+        sketch: see ``sketch_logits``.
+        rounds: the model quantizes inputs, so another processor may flip single codes.
+    """
+    bound = RECORDED_BOUND[rounds]
+    try:
+        positions = torch.tensor(sketch["positions"], dtype=torch.long)
+        tokens = torch.tensor(sketch["tokens"], dtype=torch.long)
+        values = torch.tensor(sketch["values"], dtype=torch.float64)
+        found = theirs[positions].gather(1, tokens).double()
+        value = float((found - values).square().mean().sqrt()) / float(sketch["std"])
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        detail = f"the recorded logits do not fit the model ({type(error).__name__})"
+        return Check("recorded", False, None, bound, detail)
+    detail = f"{values.numel()} logits recorded at evaluation, root mean square difference"
+    return Check("recorded", value <= bound, value, bound, detail)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -1,0 +1,490 @@
+"""Report pages, plots and the model card: what they say, what they must not, and bad results."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from crossbit.activations.kernel import KernelStats
+from crossbit.errors import WorkError
+from crossbit.report import plots, values
+from crossbit.report.html import render_analysis, render_report, write_analysis, write_report
+from crossbit.report.model_card import model_card
+
+ROLES = ["q_proj", "down_proj"]
+
+
+def full_result() -> dict[str, Any]:
+    layers = [
+        {
+            "name": f"model.layers.{b}.{r}",
+            "role": r,
+            "block": b,
+            "bits": 8,
+            "group_size": None,
+            "solver": "rtn",
+            "weight_error": 1e-4 * (b + 1),
+            "output_error": 2e-4 * (b + 1),
+            "alpha": 0.5,
+            "seconds": 0.25,
+        }
+        for b in range(3)
+        for r in ROLES
+    ]
+    return {
+        "crossbit": "0.1.0",
+        "kind": "plain",
+        "model": {
+            "name": "Tiny",
+            "origin": "owner/tiny",
+            "note": "a note",
+            "source_bytes": 300_000_000,
+            "parameters": 135_000_000,
+            "fingerprint": "f" * 64,
+        },
+        "recipe": {
+            "name": "crossquant-w8a8",
+            "summary": "CrossQuant, folded",
+            "weights": {"bits": 8, "symmetric": True, "group": "channel"},
+            "activations": {"bits": 8, "kind": "cross_folded"},
+            "transforms": [{"kind": "cross_fold"}],
+            "solver": {"kind": "rtn"},
+            "embedding": {"bits": 8, "group": "channel"},
+            "overrides": [{"match": "down_proj"}],
+            "ignore": ["lm_head"],
+        },
+        "calibration": {"name": "calib", "samples": 64, "length": 1024, "seed": 0, "sha256": "ab"},
+        "size": {
+            "file_bytes": 150_000_000,
+            "bytes_per_parameter": 1.11,
+            "source_bytes": 300_000_000,
+            "larger_than_source": False,
+            "embedding": "int8 rows",
+        },
+        "evaluation": {
+            "text": "wikitext2",
+            "length": 2048,
+            "windows": 40,
+            "dtype": "float32",
+            "path": "exported integers",
+            "original": {"perplexity": 20.0, "stderr": 0.7},
+            "quantized": {"perplexity": 20.1, "stderr": 0.7},
+            "paired": {"loss": 0.0052, "stderr": 0.0004},
+        },
+        "verify": {
+            "passed": True,
+            "checks": [
+                {"name": "codes", "passed": True, "value": 0, "bound": 0, "detail": "equal"},
+                {"name": "logits", "passed": True, "value": 2e-6, "bound": 1e-4, "detail": "512"},
+            ],
+        },
+        "layers": layers,
+        "blocks": [{"block": b, "relative_error": 0.01 * (b + 1)} for b in range(3)],
+        "alpha": {
+            "chosen": {r["name"]: r["alpha"] for r in layers},
+            "fixed": {"0.15": 0.02, "0.5": 0.006, "1": 0.03},
+            "searched": 0.005,
+        },
+        "time": {"total": 432.0, "stages": {"blocks": 300.0, "verify": 132.0}},
+        "memory": {"peak_rss": 1.9e9},
+        "warnings": ["same domain"],
+    }
+
+
+def full_analysis() -> dict[str, Any]:
+    stats = KernelStats(
+        [(b, a, r) for b in (8, 4) for a in (0.15, 0.5, 1.0) for r in (False, True)]
+    )
+    types = {}
+    for b in range(3):
+        for k, role in enumerate(ROLES):
+            g = torch.Generator().manual_seed(10 * b + k)
+            x = torch.randn(20, 16, generator=g)
+            x[:, 2] *= 30
+            stats.update(f"layers.{b}.{role}", x)
+            types[f"layers.{b}.{role}"] = role
+    return {
+        "model": {"name": "Tiny"},
+        "calibration": {"name": "calib", "samples": 2, "length": 10},
+        "kernel": {
+            "layers": [
+                {"name": n, "role": types[n], "block": int(n.split(".")[1]), **c.as_dict()}
+                for n, c in stats.layers.items()
+            ],
+            "types": {t: c.as_dict() for t, c in stats.by_type(types).items()},
+            "model": stats.total().as_dict(),
+        },
+        "modes": [
+            {"name": "dynamic", "bits": 8, "causal": False, "deployable": False, "perplexity": 9.87}
+        ],
+        "evaluation": {"text": "wikitext2", "windows": 2, "length": 64},
+        "remove_kernel": {
+            "points": [
+                {"proportion": p, "perplexity": 20 + 30 * p**2, "stderr": 0.1, "loss": 1.5 * p**2}
+                for p in (0.0, 0.1, 0.2)
+            ],
+            "original": {"perplexity": 20.0, "stderr": 0.1},
+            "threshold": 0.0816,
+            "tolerance": 0.01,
+            "weights": "INT8",
+        },
+        "outliers": [
+            {
+                "name": n,
+                "role": r,
+                "block": int(n.split(".")[1]),
+                "ratio": 30.0,
+                "ratio_without_massive": 9.0,
+                "kurtosis": 12.0,
+                "massive_positions": {"0": 2},
+            }
+            for n, r in types.items()
+        ],
+        "warnings": ["few windows"],
+    }
+
+
+class Page(HTMLParser):
+    """Text outside style and script, tag balance, and every address the page mentions."""
+
+    VOID = frozenset({"meta", "input", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.stack: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.stack == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.stack):
+            self.words.append(data)
+
+
+RENDER: list[tuple[Callable[..., str], Callable[[], dict[str, Any]]]] = [
+    (render_report, full_result),
+    (render_analysis, full_analysis),
+]
+
+
+@pytest.mark.parametrize(("render", "make"), RENDER)
+def test_page_is_whole_self_contained_and_deterministic(
+    render: Callable[..., str], make: Callable[[], dict[str, Any]]
+) -> None:
+    page = render(make())
+    assert page == render(make())
+    parsed = Page(page)
+    assert all(a.startswith("#") for a in parsed.addresses)
+    without_names = page.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|url\((?!#)|@import", without_names)
+    assert "default-src 'none'" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    for target in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page):
+        assert "".join(target) in ids
+    assert "None" not in parsed.text
+    assert "nan" not in parsed.text.lower().split()
+
+
+def test_report_states_the_headline_and_its_conditions() -> None:
+    page = Page(render_report(full_result())).text
+    for words in (
+        "2.00 times smaller",
+        "300 MB → 150 MB",
+        "+0.52 ± 0.04 %",
+        "20.00 → 20.10",
+        "wikitext2",
+        "40, not overlapping",
+        "2048 tokens",
+        "exported integers",
+        "2 checks",
+        "crossquant-w8a8",
+        "column factors folded into the weights",
+        "lm_head",
+        "64 sequences of 1024 tokens, seed 0",
+        "7 min 12 s",
+        "1.9 GB",
+        "same domain",
+        "model.layers.2.down_proj",
+    ):
+        assert words in page, words
+    for words in ("LARGER", "Research result", "Simulated", "not run", "FAILED"):
+        assert words not in page, words
+    assert "no difference beyond" not in page
+    assert len(re.findall("<svg", render_report(full_result()))) == 3
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    result = full_result()
+    *parents, last = path.split(".")
+    node = result
+    for key in parents:
+        node = node[key]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("size.file_bytes", 330_000_000, "LARGER: 1.10 times"),
+        ("kind", "research", "Research result."),
+        ("evaluation.path", "fake-quant", "Simulated."),
+        ("verify", None, "Not run."),
+        ("verify", {"passed": False, "checks": [{"name": "codes", "passed": False}]}, "FAILED"),
+        ("verify", {"passed": True}, "the single checks are not recorded"),
+        ("evaluation", None, "not evaluated"),
+        ("evaluation.paired", None, "no standard error is known"),
+        ("evaluation.paired.stderr", math.nan, "no standard error is known"),
+        ("evaluation.paired.stderr", 0.004, "no difference beyond two standard errors"),
+        ("evaluation.paired.loss", math.inf, "The quantized model is broken."),
+        ("evaluation.paired.loss", -0.0052, "-0.52 ± 0.04 %"),
+    ],
+)
+def test_report_says_what_a_sceptic_must_know(path: str, value: Any, words: str) -> None:
+    assert words not in Page(render_report(full_result())).text
+    assert words in Page(render_report(changed(path, value))).text
+
+
+def all_paths(node: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if isinstance(node, dict):
+        keys: list[Any] = list(node)
+    elif isinstance(node, list):
+        keys = list(range(min(len(node), 2)))
+    else:
+        return []
+    found = [(*prefix, k) for k in keys]
+    return found + [p for k in keys for p in all_paths(node[k], (*prefix, k))]
+
+
+@pytest.mark.parametrize(("render", "make"), RENDER)
+def test_every_key_may_be_absent_or_of_another_type(
+    render: Callable[..., str], make: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The figures' inputs are still prepared; only drawing, which is slow, is left out.
+    monkeypatch.setattr(plots, "_svg", lambda name, title, draw, size=(1, 1): "<svg></svg>")
+    whole = make()
+    render({})
+    others: list[Any] = [None, "text", [], math.nan, {}, True]
+    for k, path in enumerate(all_paths(whole)):
+        for change in ("absent", others[k % len(others)]):
+            result = copy.deepcopy(whole)
+            node: Any = result
+            for key in path[:-1]:
+                node = node[key]
+            if change == "absent":
+                del node[path[-1]]
+            else:
+                node[path[-1]] = change
+            Page(render(result))
+            model_card(result, licence=None, base_model="a/b")
+
+
+def test_text_from_the_result_is_escaped() -> None:
+    attack = "<script>alert(1)</script>\"'&"
+    result = full_result()
+    result["model"]["name"] = attack
+    result["warnings"] = [attack]
+    result["layers"][0]["name"] = attack
+    result["layers"][0]["role"] = attack
+    result["alpha"]["chosen"] = {attack: 0.5}
+    result["alpha"]["loss_label"] = attack
+    result["recipe"]["name"] = attack
+    analysis = full_analysis()
+    analysis["kernel"]["layers"][0]["role"] = attack
+    analysis["model"]["name"] = attack
+    for page in (render_report(result), render_analysis(analysis)):
+        assert page.count("<script>") == 1
+        assert "alert(1)" in Page(page).text
+    card = model_card(result, licence=attack, base_model=attack)
+    assert "<script>" not in card.split("---", 2)[2].replace("\\<", "")
+
+
+def test_layer_table_sorts_by_value_not_by_what_is_shown() -> None:
+    page = render_report(full_result())
+    assert 'data-v="0.00030000000000000003"' in page
+    assert re.search(r'data-v=""', page)  # no group size: sorted last
+
+
+def test_write_replaces_whole_files_or_fails_with_one_line(tmp_path: Path) -> None:
+    assert write_report(full_result(), tmp_path) == tmp_path / "report.html"
+    assert write_analysis(full_analysis(), tmp_path / "a.html") == tmp_path / "a.html"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "report.html"]
+    assert (tmp_path / "report.html").read_text("utf8") == render_report(full_result())
+    with pytest.raises(WorkError, match=r"absent.*cannot be written") as failure:
+        write_report(full_result(), tmp_path / "absent" / "r.html")
+    assert "\n" not in str(failure.value)
+
+
+# ---- plots
+
+DRAWN: dict[str, Callable[[], str]] = {
+    "kernel_by_layer": lambda: plots.kernel_by_layer(
+        [{"role": r, "block": b, "t": 0.1, "c": None} for r in "abcde" for b in range(2)],
+        {"t": "per token", "c": "cross"},
+    ),
+    "kernel_over_alpha": lambda: plots.kernel_over_alpha({"8 bits": [(0.15, 0.1), (1, 0.2)]}),
+    "remove_kernel": lambda: plots.remove_kernel_curve(
+        [{"proportion": p, "perplexity": math.exp(9 * p)} for p in (0.5, 0.0, 0.2)],
+        original=0.9,
+        threshold=0.12,
+        tolerance=0.01,
+        marks={"A8 per token": 0.1},
+    ),
+    "alpha_histogram": lambda: plots.alpha_histogram([("q", 0.5), ("q", 0.7), ("o", 0.5)]),
+    "alpha_losses": lambda: plots.alpha_losses([("0.5", 0.01), ("searched", 0.009)], "a $loss_x$"),
+    "block_errors": lambda: plots.block_errors([{"block": 1, "relative_error": 0.5}]),
+    "outlier_ratios": lambda: plots.outlier_ratios([{"block": 0, "ratio": 30.0}]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_plots_are_inline_svg_the_same_each_time(name: str) -> None:
+    svg = DRAWN[name]()
+    assert svg == DRAWN[name]()
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg")
+    assert root.get("aria-label")
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+    assert "metadata" not in svg
+    assert "<style" not in svg
+    for target in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg):
+        assert f'id="{"".join(target)}"' in svg
+
+
+def texts(svg: str) -> str:
+    return " ".join(t for e in ElementTree.fromstring(svg).iter() for t in [e.text or ""]).strip()
+
+
+def test_plots_label_axes_units_and_series() -> None:
+    assert "rounded to zero (%)" in texts(DRAWN["kernel_by_layer"]())
+    assert "per token" in texts(DRAWN["kernel_by_layer"]())
+    shown = texts(DRAWN["remove_kernel"]())
+    for words in ("perplexity", "original, 0.9", "loss passes 1 % at 12 %", "A8 per token, 10 %"):
+        assert words in shown
+    assert "a $loss_x$" in texts(DRAWN["alpha_losses"]())  # text, never mathematics
+
+
+def test_plots_show_the_data() -> None:
+    """The highest of three points must lie highest: SVG's y grows downwards."""
+    svg = plots.block_errors([{"block": b, "relative_error": v} for b, v in enumerate((1, 3, 2))])
+    uses = re.findall(r'<use href="#(\w+)" x="([\d.]+)" y="([\d.]+)" style="fill: #0072b2"', svg)
+    assert len(uses) == 3
+    xs, ys = [float(u[1]) for u in uses], [float(u[2]) for u in uses]
+    assert xs == sorted(xs)
+    assert ys[1] < ys[2] < ys[0]
+    base = ys[0] + (ys[0] - ys[1]) / 2  # where 0 lies, from the values 1 and 3
+    assert (base - ys[2]) / (base - ys[0]) == pytest.approx(2, rel=1e-3)
+
+
+# ---- model card
+
+
+def parts(card: str) -> tuple[dict[str, Any], str]:
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_model_card_front_matter_and_body() -> None:
+    front, body = parts(model_card(full_result(), licence="Apache-2.0", base_model="owner/tiny"))
+    assert front == {
+        "base_model": "owner/tiny",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["crossbit", "compressed-tensors", "quantized", "W8A8"],
+        "license": "apache-2.0",
+    }
+    for words in (
+        "2.00 times smaller",
+        "**0.52 %** ± 0.04 %",
+        "wikitext2; 40 windows of 2048 tokens, not overlapping",
+        "exported integers",
+        "2 checks",
+        "vllm serve",
+        "AutoModelForCausalLM",
+        "same domain",
+    ):
+        assert words in body, words
+    assert "\n\n\n" not in body
+    assert "| original | 20.000 | 0.70 |" in body
+
+
+def test_model_card_hides_local_paths_and_admits_what_is_unknown() -> None:
+    for path in ("/home/someone/models/tiny", "./models/tiny/", "C:\\models\\tiny"):
+        front, body = parts(model_card({}, licence=None, base_model=path))
+        assert "base_model" not in front
+        assert "license" not in front
+        assert "someone" not in body
+        assert "models" not in body.split("## How")[0]
+        assert "# tiny" in body
+    assert "Not evaluated" in body
+    assert "was not run" in body
+    front, _ = parts(model_card({}, licence="My Own Licence", base_model="a/b"))
+    assert front["license"] == "other"
+    assert front["license_name"] == "My Own Licence"
+
+
+def test_model_card_labels_research_failure_and_growth() -> None:
+    body = model_card(changed("kind", "research"), licence=None, base_model="a/b")
+    assert "**Research result:**" in body
+    assert "not of integer execution" in body
+    bad = model_card(changed("verify.passed", False), licence=None, base_model="a/b")
+    assert "verify` failed" in bad
+    larger = model_card(changed("size.file_bytes", 600_000_000), licence=None, base_model="a/b")
+    assert "larger than its source" in larger
+
+
+# ---- numbers for people
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (values.show(20.97412, 5), "20.974"),
+        (values.show(6533.2), "6,533"),
+        (values.show(0.00012, 2), "1.2e-04"),
+        (values.show(0), "0"),
+        (values.show(math.nan), "not finite"),
+        (values.percent(0.0052), "0.52 %"),
+        (values.percent(0.000004), "4.0e-04 %"),
+        (values.percent(310.5), "31,050 %"),
+        (values.size(269_060_552), "269.1 MB"),
+        (values.size(999), "999 bytes"),
+        (values.duration(59.94), "59.9 s"),
+        (values.duration(432), "7 min 12 s"),
+        (values.duration(7260), "2 h 1 min"),
+        (values.count(134515008), "134,515,008"),
+        (values.scheme({"weights": {"bits": 4}}), "W4A16"),
+        (values.scheme({}), None),
+    ],
+)
+def test_numbers(shown: str | None, expected: str | None) -> None:
+    assert shown == expected
