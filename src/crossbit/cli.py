@@ -341,7 +341,7 @@ def main() -> None:
             _fail(f"{error.format_message()}; see crossbit --help", 2)
         if os.environ.get("CROSSBIT_DEBUG"):
             raise
-        first = str(error).splitlines()[0] if str(error) else ""
+        first = (str(error).strip().splitlines() or [""])[0]
         _fail(f"{type(error).__name__}: {first} (a bug; set CROSSBIT_DEBUG=1 to see where)", 1)
 
 

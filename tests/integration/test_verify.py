@@ -15,9 +15,11 @@ from tests.exporting import CHANNEL8, GROUP4, TOKEN8, Exported, everywhere, expo
 from tests.tiny import sample_ids, tiny_folder, tiny_model
 from torch import Tensor, nn
 
+from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.export.reader import QuantizedCheckpoint
+from crossbit.export.research import wrap
 from crossbit.models.experts import is_expert
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.verify import (
@@ -25,6 +27,8 @@ from crossbit.verify import (
     VerifyReport,
     check_logits,
     check_recorded,
+    file_digests,
+    own_logits,
     read_record,
     relative_difference,
     sketch_logits,
@@ -296,3 +300,24 @@ def test_bounds_of_the_comparisons() -> None:
     assert not check_recorded(broken * float("nan"), sketch, True).passed
     assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_difference(torch.ones(2), torch.zeros(2)) == float("inf")
+
+
+def test_research_folder_is_compared_with_its_record_and_refused_elsewhere(folder: Path) -> None:
+    names = QuantizedCheckpoint(folder).quantized
+    inputs = ActivationGrid(8, "cross_dynamic", alpha=0.15)
+    config = json.loads((folder / "config.json").read_text())
+    wrapped = wrap(config, {n: inputs for n in names if ".layers." in n})
+    (folder / "config.json").write_text(json.dumps(wrapped))
+    logits = own_logits(folder, torch.tensor([IDS]), "cpu")
+    content = json.loads((folder / "crossbit.json").read_text())
+    content["verify"] |= {
+        "logits": sketch_logits(logits),
+        "files": file_digests(folder, ["config.json"]),
+    }
+    (folder / "crossbit.json").write_text(json.dumps(content))
+    report = verify(folder)
+    assert report.passed
+    assert [c.name for c in report.checks] == ["tensors", "files", "refused", "recorded"]
+    content["verify"]["logits"]["values"][0][0] += 20 * float(logits.std())
+    (folder / "crossbit.json").write_text(json.dumps(content))
+    assert not rows(verify(folder))["recorded"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import match_named_modules, match_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tests.exporting import CHANNEL4, CHANNEL8, GROUP4, TOKEN4, TOKEN8, round_to_nearest
 
 from crossbit.activations.grid import ActivationGrid
@@ -134,7 +136,7 @@ def test_experts_are_all_alike_or_refused() -> None:
         resolve(groups, [], n, "Linear") for n in names
     } == {"group_0"}
     other = QuantScheme(Grid(8, True, "channel", None, torch.float32), None, "expert")
-    with pytest.raises(InputError, match="different schemes"):
+    with pytest.raises(InputError, match="different grids"):
         quantization_config({**schemes, names[0]: other})
     with pytest.raises(InputError, match="dense experts"):
         quantization_config(attention, names)
@@ -209,12 +211,17 @@ def test_library_decompresses_to_codes_times_scale(
     assert torch.equal(found, ((q.codes.double() - zero) * scale).float())
 
 
-def test_tied_head_stores_its_scale_only() -> None:
+def test_tied_head_stores_its_scale_only(tmp_path: Path) -> None:
     grid = Grid(8, True, "channel", None, torch.bfloat16)
     q = round_to_nearest(torch.randn(10, 8), grid)
     scheme = QuantScheme(grid, None, "embedding")
-    assert set(module_tensors("lm_head", q, scheme, tied=True)) == {"lm_head.weight_scale"}
-    assert set(module_tensors("embed", q, scheme)) == {"embed.weight", "embed.weight_scale"}
+    head, table = (
+        module_tensors("lm_head", q, scheme, tied=True),
+        module_tensors("embed", q, scheme),
+    )
+    assert set(head) == {"lm_head.weight_scale"}
+    assert set(table) == {"embed.weight", "embed.weight_scale"}
+    save_file({**head, **table}, tmp_path / "both.safetensors")  # refuses shared memory
 
 
 def test_module_tensors_checks_grid_and_static_scale() -> None:

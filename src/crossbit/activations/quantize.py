@@ -32,16 +32,34 @@ def column_maximum(x: Tensor) -> Tensor:
 
 
 def cross_step(x: Tensor, columns: Tensor, grid: ActivationGrid) -> Tensor:
-    """CrossQuant's step [..., T, K] float32: t_i^alpha c_j^(1-alpha) / d.
+    """CrossQuant's step float32: t_i^alpha c_j^(1-alpha) / d, never below the smallest normal.
 
     Args:
         x: activations [..., T, K].
         columns: c_j, broadcastable to [..., 1, K].
         grid: bits, alpha and divisor.
+
+    Returns:
+        [..., T, K]; for alpha = 1 the per-token step itself, [..., T, 1].
     """
+    if grid.alpha == 1.0:
+        # Not t * (1 / d), which differs from t / d in the last bit.
+        return row_scale(x, grid)
     t = x.abs().amax(-1, keepdim=True).float().clamp(min=TINY)
     c = columns.float().clamp(min=TINY)
-    return t.pow(grid.alpha) * (c.pow(1.0 - grid.alpha) / grid.effective_divisor)
+    step = t.pow(grid.alpha) * (c.pow(1.0 - grid.alpha) / grid.effective_divisor)
+    return step.clamp_(min=TINY)
+
+
+def rescaled_step(x: Tensor, columns: Tensor, grid: ActivationGrid) -> Tensor:
+    """Step of the static mode that cannot clip, float32 [..., T, K]: max_j(|X_ij| / f_j) f_j / d.
+
+    f_j = c_j^(1-alpha): the row's largest |X_ij| / f_j lands on the last code, whatever the
+    calibrated ``columns`` [K] are. Arguments as in ``cross_step``.
+    """
+    factor = columns.float().clamp(min=TINY).pow(1.0 - grid.alpha)
+    # The product underflows where a row of zeros meets a small factor: 0 / 0 without the clamp.
+    return (row_scale(x / factor, grid) * factor).clamp_(min=TINY)
 
 
 def per_token_codes(x: Tensor, grid: ActivationGrid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -83,10 +101,7 @@ def fake_quantize_activation(
         step = cross_step(values.detach(), column_maximum(values.detach()), grid)
     else:
         assert columns is not None
-        step = cross_step(values.detach(), columns, grid)
-        if grid.kind == "cross_static":
-            # The row rescales: its largest |x| / f lands on the last code, nothing clips.
-            factor = columns.float().clamp(min=TINY).pow(1.0 - grid.alpha)
-            step = row_scale(values.detach() / factor, grid) * factor
+        choose = rescaled_step if grid.kind == "cross_static" else cross_step
+        step = choose(values.detach(), columns, grid)
     codes = round_ste(values / step).clamp(grid.qmin, grid.qmax)
     return (codes * step).to(x.dtype)

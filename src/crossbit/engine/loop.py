@@ -126,14 +126,13 @@ def _one_block(job: Job, work: WorkDir, index: int, hidden: Tensor | None) -> Te
         block.to(job.dtype)
         hidden = _advance(job, index, hidden)
         error = _relative_error(hidden[-target.shape[0] :], target)
+    points = [p for s in states for p in s.points]
     record = {
         "block": index,
         "relative_error": error,
         "folds": folds,
         "layers": [_row(plan, name, s) for name, s in solved.items()],
-        "massive_tokens": max(
-            (p.statistics.massive_tokens for s in states for p in s.points), default=0
-        ),
+        "massive_tokens": max((p.statistics.massive_tokens for p in points), default=0),
         "seconds": round(time.monotonic() - started, 3),
     }
     if hidden is not None and index + 1 < job.shell.num_blocks:

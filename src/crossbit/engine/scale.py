@@ -52,9 +52,9 @@ def apply_transforms(
             if group.source is None:
                 records.append({"group": group.name, "kind": config.kind, "skipped": group.reason})
                 continue
-            if isinstance(config, Smooth) and config.targets == "norms":
-                if not isinstance(group.source, NormSource):
-                    continue
+            norms_only = isinstance(config, Smooth) and config.targets == "norms"
+            if norms_only and not isinstance(group.source, NormSource):
+                continue
             choice = _CHOOSE[type(config)](_problem(block, plan, state, config), config)
             realised = fold(block, group, choice.factor, stored=stored).float()
             state.rescale(realised)

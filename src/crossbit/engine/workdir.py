@@ -142,7 +142,11 @@ class WorkDir:
 
     def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         temporary = self.path / f".{name}.tmp"
-        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        whole: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            whole[key] = tensor.detach().cpu().contiguous()
+            if any(whole[key].data_ptr() == t.data_ptr() for k, t in whole.items() if k != key):
+                whole[key] = whole[key].clone()  # a tied matrix: files hold no shared memory
         try:
             save_file(whole, str(temporary))
         except (OSError, SafetensorError) as error:

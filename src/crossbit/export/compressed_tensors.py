@@ -121,6 +121,8 @@ def module_tensors(
         )
     per_tensor = qtensor.grid.strategy == "tensor"
     scale = qtensor.scale.reshape(1) if per_tensor else qtensor.scale
+    if tied:
+        scale = scale.clone()  # the embedding stores the same values, and files share no memory
     out: dict[str, Tensor] = {"weight_scale": scale}
     if not tied:
         if scheme.format == INT:
@@ -152,9 +154,10 @@ def _check_experts(schemes: Mapping[str, QuantScheme], dense: set[str]) -> None:
             "experts"
         )
     if len({s.key for s in experts.values()}) > 1:
+        found = ", ".join(sorted({s.weights.describe() for s in experts.values()}))
         raise InputError(
-            "experts have different schemes; readers give all of them the same, so drop the "
-            "overrides inside experts"
+            f"experts have different grids ({found}); readers give all of them the same, so use "
+            "one group size that divides all their widths and no overrides inside experts"
         )
 
 

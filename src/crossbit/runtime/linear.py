@@ -144,7 +144,8 @@ class QuantLinear(nn.Module):
         )
 
     def _integer(self, x: Tensor) -> Tensor:
-        assert self.activations is not None and self.scale is not None
+        assert self.activations is not None
+        assert self.scale is not None
         grid = self.activations
         codes, rows = self._shared.get(
             x, (grid, "int8"), lambda: per_token_codes(x.reshape(-1, x.shape[-1]), grid, torch.int8)
