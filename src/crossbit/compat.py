@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from crossbit.errors import InputError
 from crossbit.models.structure import ModelStructure
-from crossbit.recipe import Activations, CrossFold, Gptq, Recipe, Smooth, WeightGrid
+from crossbit.recipe import Activations, CrossFold, Gptq, Recipe, Smooth, Solver, WeightGrid
 
 
 def _activations(recipe: Recipe) -> Iterable[Activations]:
@@ -21,6 +21,24 @@ def _activations(recipe: Recipe) -> Iterable[Activations]:
 
 def _grids(recipe: Recipe) -> Iterable[WeightGrid]:
     return [recipe.weights, *(o.weights for o in recipe.overrides if o.weights)]
+
+
+def _combinations(
+    recipe: Recipe,
+) -> Iterable[tuple[WeightGrid, Activations | None, Solver]]:
+    """What layers without an override get, and what each override makes of it."""
+    combinations: list[tuple[WeightGrid, Activations | None, Solver]] = [
+        (recipe.weights, recipe.activations, recipe.solver)
+    ]
+    for override in recipe.overrides:
+        chosen = override.activations
+        if chosen is None:
+            chosen = recipe.activations
+        activations = chosen if isinstance(chosen, Activations) else None
+        combinations.append(
+            (override.weights or recipe.weights, activations, override.solver or recipe.solver)
+        )
+    return combinations
 
 
 def _has(recipe: Recipe, kind: type) -> bool:
@@ -76,7 +94,10 @@ RULES: tuple[Rule, ...] = (
         "bits: 8 with per_tensor_static, or kind per_token",
     ),
     Rule(
-        lambda r: isinstance(r.solver, Gptq) and any(g.group == "tensor" for g in _grids(r)),
+        lambda r: any(
+            isinstance(solver, Gptq) and grid.group == "tensor"
+            for grid, _, solver in _combinations(r)
+        ),
         "GPTQ rounds column by column and cannot share one scale over the whole matrix",
         "weights.group channel, auto or a number with gptq; tensor with rtn",
     ),
@@ -90,16 +111,12 @@ RULES: tuple[Rule, ...] = (
         "embedding/head: {bits: 8, group: channel}, or null to leave them in floating point",
     ),
     Rule(
-        lambda r: (
-            any(
-                a.bits < 8 and g.bits > 4 and a.bits < g.bits
-                for a in _activations(r)
-                for g in _grids(r)
-            )
-            and not r.overrides
+        lambda r: any(
+            a is not None and a.bits < 8 and g.bits > 4 and a.bits < g.bits
+            for g, a, _ in _combinations(r)
         ),
         "activations with fewer bits than the weights: no kernel multiplies them",
-        "W8A8, W4A8 or W4A4",
+        "W8A8, W4A8 or W4A4 (an override that gives both: weights and activations in one)",
     ),
 )
 

@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,7 @@ DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class WeightGrid(_Strict):
@@ -41,11 +42,15 @@ class WeightGrid(_Strict):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     divisor: float | None = Field(None, gt=0)
 
-    def grid(self, columns: int) -> Grid:
-        """The concrete grid of a layer with ``columns`` input channels."""
+    def grid(self, columns: int, *also: int) -> Grid:
+        """The concrete grid of a layer with ``columns`` input channels.
+
+        With "auto" the group size divides every width in ``also`` too (the experts of a mixture
+        must share one scheme).
+        """
         group: int | str = self.group
         if group == "auto":
-            group = auto_group_size(columns)
+            group = auto_group_size(math.gcd(columns, *also))
         grid = Grid(
             bits=self.bits,
             symmetric=self.symmetric,
@@ -192,6 +197,8 @@ class Recipe(_Strict):
             data, where = recipe.model_dump(mode="json"), recipe.name
         else:
             data, where = _read(recipe)
+            if not isinstance(data, dict):
+                raise InputError(f"recipe {where}: not a mapping of keys to values")
         for setting in settings:
             _apply(data, setting)
         return cls.parse(data, where)
@@ -295,9 +302,11 @@ def _apply(data: Any, setting: str) -> None:
     parts, node = key.split("."), data
     for part in parts[:-1]:
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise InputError(f"--set {setting!r}: {part!r} is no index below {len(node)}")
             node = node[int(part)]
+            if not isinstance(node, dict | list):
+                raise InputError(f"--set {setting!r}: item {part} is a value and has no keys")
             continue
         if not isinstance(node.get(part), dict | list):
             node[part] = {}
@@ -307,8 +316,8 @@ def _apply(data: Any, setting: str) -> None:
     except yaml.YAMLError:
         raise InputError(f"--set {setting!r}: the value is not valid YAML") from None
     if isinstance(node, list):
-        if not parts[-1].isdigit() or int(parts[-1]) >= len(node):
-            raise InputError(f"--set {setting!r}: no such index")
+        if not parts[-1].isdecimal() or int(parts[-1]) >= len(node):
+            raise InputError(f"--set {setting!r}: {parts[-1]!r} is no index below {len(node)}")
         node[int(parts[-1])] = parsed
     else:
         node[parts[-1]] = parsed

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
+from crossbit.export.comparison import LayerComparison, relative_difference
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.export.reader import QuantizedCheckpoint
 from crossbit.export.research import wrap
 from crossbit.models.experts import is_expert
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.verify import (
-    LayerComparison,
     VerifyReport,
     check_logits,
     check_recorded,
     file_digests,
     own_logits,
     read_record,
-    relative_difference,
     sketch_logits,
     verify,
 )

@@ -47,8 +47,17 @@ def cross_step(x: Tensor, columns: Tensor, grid: ActivationGrid) -> Tensor:
         return row_scale(x, grid)
     t = x.abs().amax(-1, keepdim=True).float().clamp(min=TINY)
     c = columns.float().clamp(min=TINY)
-    step = t.pow(grid.alpha) * (c.pow(1.0 - grid.alpha) / grid.effective_divisor)
+    step = _power(t, grid.alpha) * (_power(c, 1.0 - grid.alpha) / grid.effective_divisor)
     return step.clamp_(min=TINY)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent, rounded once to float32.
+
+    A float32 power differs in the last bit between a tensor's vectorised body and its tail, so
+    that a token's step would depend on how many tokens come with it.
+    """
+    return x.double().pow(exponent).float()
 
 
 def rescaled_step(x: Tensor, columns: Tensor, grid: ActivationGrid) -> Tensor:
@@ -58,8 +67,9 @@ def rescaled_step(x: Tensor, columns: Tensor, grid: ActivationGrid) -> Tensor:
     calibrated ``columns`` [K] are. Arguments as in ``cross_step``.
     """
     factor = columns.float().clamp(min=TINY).pow(1.0 - grid.alpha)
-    # The product underflows where a row of zeros meets a small factor: 0 / 0 without the clamp.
-    return (row_scale(x / factor, grid) * factor).clamp_(min=TINY)
+    # The product leaves float32 where a row of zeros or of huge values meets a dead channel's
+    # factor: 0 / 0 and 0 * infinity without the clamp.
+    return (row_scale(x / factor, grid) * factor).clamp_(TINY, torch.finfo(torch.float32).max)
 
 
 def per_token_codes(x: Tensor, grid: ActivationGrid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
     names: list[tuple[str, ...]] = []
     for block in structure.blocks:
         layers: dict[str, LayerPlan] = {}
+        expert_widths = {i.in_features for i in block.linears.values() if is_expert(f".{i.name}")}
         for info in block.linears.values():
             full = f"{block.name}.{info.name}"
             names.append((full, info.role, block.name))
@@ -78,7 +79,7 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
                 continue
             weights, activations, solver = recipe.for_layer(full, info.role)
             try:
-                grid = weights.grid(info.in_features)
+                grid = weights.grid(info.in_features, *(expert_widths if is_expert(full) else ()))
             except InputError as error:
                 raise InputError(f"{full}: {error}") from None
             if is_expert(full):

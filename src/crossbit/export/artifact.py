@@ -26,6 +26,14 @@ def stored_name(family: Family, module: str) -> str:
     return checkpoint_name(family, f"{module}.weight").removesuffix(".weight")
 
 
+def target_name(family: Family, module: str) -> str:
+    """Name by which the config speaks of a module.
+
+    Readers match module paths, except for experts, which exist only in the file.
+    """
+    return stored_name(family, module) if is_expert(module) else module
+
+
 def layer_scheme(name: str, plan: LayerPlan) -> QuantScheme:
     """How a linear layer of a block is stored; research activations are kept elsewhere."""
     activations = plan.activations
@@ -124,8 +132,8 @@ def folder_config(structure: ModelStructure, plan: ModelPlan) -> dict[str, Any]:
                 dense.append(name)
         dense += _readers(block.structure.name, block.structure.groups)
     return quantization_config(
-        {stored_name(structure.family, n): s for n, s in schemes.items()},
-        [stored_name(structure.family, n) for n in dense],
+        {target_name(structure.family, n): s for n, s in schemes.items()},
+        [target_name(structure.family, n) for n in dense],
     )
 
 

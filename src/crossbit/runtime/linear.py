@@ -41,7 +41,7 @@ class SharedInput:
 
     def get(self, x: Tensor, tag: Any, compute: Callable[[], Any]) -> Any:
         """The value computed for ``x`` under ``tag``, from memory if it was the last one."""
-        if x.requires_grad:
+        if x.requires_grad or x.is_inference():  # no version counter in inference mode
             return compute()
         known = self._key() if self._key is not None else None
         if known is not x or self._version != x._version or self._tag != tag:
@@ -129,7 +129,8 @@ class QuantLinear(nn.Module):
             return self._integer(x)
         if self.activations is None:
             return F.linear(x, self.weight, self.bias)
-        quantized = self._shared.get(x, (self.activations, "fake"), lambda: self._fake_input(x))
+        tag = (self.activations, "fake", id(self.static_scale), id(self.columns))
+        quantized = self._shared.get(x, tag, lambda: self._fake_input(x))
         return F.linear(quantized, self.weight, self.bias)
 
     def _fake_input(self, x: Tensor) -> Tensor:

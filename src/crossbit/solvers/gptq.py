@@ -30,7 +30,6 @@ from crossbit.solvers.hessian import (
     Damping,
     condition,
     damped,
-    fast_products,
     inverse_factor,
     row_error,
 )
@@ -118,21 +117,6 @@ def gptq(
         InputError: shapes or options do not fit. WorkError: weight or H is not finite.
     """
     _check(weight, hessian, block_size, damp, clip, refine)
-    with fast_products(weight.device):
-        return _gptq(weight, hessian, grid, block_size, act_order, damp, damping, clip, refine)
-
-
-def _gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    grid: Grid,
-    block_size: int,
-    act_order: bool,
-    damp: float,
-    damping: Damping,
-    clip: ScaleFit,
-    refine: int,
-) -> GPTQResult:
     exact = weight.detach().to(torch.float32)
     clean, dead = condition(hessian.to(exact.device))
     columns = exact.shape[1]

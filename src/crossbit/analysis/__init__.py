@@ -1,0 +1,1 @@
+"""The parts of ``crossbit analyze``: what is observed, what is changed, what is counted."""

@@ -1,0 +1,276 @@
+"""The compatibility table: every rule is broken once, and its advice holds."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from tests.tiny import tiny_config
+
+from crossbit.compat import RULES, check_model, check_recipe, warnings
+from crossbit.errors import InputError
+from crossbit.models.shell import build_empty
+from crossbit.models.structure import ModelStructure, discover
+from crossbit.recipe import Recipe, preset_names
+
+A8 = {"bits": 8, "kind": "per_token"}
+FOLD = [{"kind": "cross_fold"}]
+TENSOR = {"bits": 8, "group": "tensor"}
+GPTQ = {"kind": "gptq"}
+
+# Index of the rule in the table, a recipe that breaks it, what the message has to offer, and
+# recipes that follow the advice.
+Case = tuple[int, dict[str, Any], tuple[str, ...], list[dict[str, Any]]]
+
+UNFOLDED: list[Case] = [
+    (
+        1,
+        {"activations": {"kind": kind}, "transforms": FOLD},
+        ("cross_folded", "per_token", "cross_dynamic"),
+        [{"activations": A8, "transforms": FOLD}, {"activations": {"kind": kind}}],
+    )
+    for kind in ("cross_dynamic", "cross_static", "cross_static_clip")
+]
+OUTSIDE: list[Case] = [
+    (7, {part: grid}, ("bits: 8", "channel", "null"), [{part: None}, {part: {"bits": 8}}])
+    for part in ("embedding", "head")
+    for grid in ({"bits": 4}, {"bits": 8, "group": 64}, {"bits": 8, "symmetric": False})
+]
+CASES: list[Case] = [
+    (
+        0,
+        {"activations": {"kind": "cross_folded"}},
+        ("cross_fold", "per_token"),
+        [
+            {"activations": {"kind": "cross_folded"}, "transforms": FOLD},
+            {"activations": {"kind": "per_token"}},
+        ],
+    ),
+    (
+        0,
+        {"overrides": [{"match": "down_proj", "activations": {"kind": "cross_folded"}}]},
+        ("cross_fold", "per_token"),
+        [{"overrides": [{"match": "down_proj", "activations": A8}]}],
+    ),
+    *UNFOLDED,
+    (
+        2,
+        {"transforms": FOLD},
+        ("activations", "awq_scale"),
+        [{"transforms": FOLD, "activations": A8}, {"transforms": [{"kind": "awq_scale"}]}, {}],
+    ),
+    (
+        2,
+        {
+            "transforms": [{"kind": "smooth"}],
+            "overrides": [{"match": "down_proj", "activations": "none"}],
+        },
+        ("activations", "awq_scale"),
+        [{"transforms": [{"kind": "smooth"}], "activations": A8}],
+    ),
+    (
+        3,
+        {"activations": {"kind": "cross_folded", "alpha": 0.5}, "transforms": FOLD},
+        ("transforms", "alpha"),
+        [
+            {
+                "activations": {"kind": "cross_folded"},
+                "transforms": [{"kind": "cross_fold", "alpha": 0.5}],
+            }
+        ],
+    ),
+    (
+        4,
+        {"activations": {"kind": "per_token", "divisor": 127}},
+        ("divisor", "cross_dynamic", "evaluate --divisor"),
+        [
+            {"activations": {"kind": "per_token", "divisor": 127.5}},
+            {"activations": {"kind": "cross_dynamic", "divisor": 127}},
+            {"activations": A8},
+        ],
+    ),
+    (
+        5,
+        {"activations": {"kind": "per_tensor_static", "bits": 4}},
+        ("bits: 8", "per_token"),
+        [
+            {"activations": {"kind": "per_tensor_static", "bits": 8}},
+            {"activations": {"kind": "per_token", "bits": 4}},
+        ],
+    ),
+    (
+        6,
+        {"solver": GPTQ, "weights": TENSOR},
+        ("channel", "auto", "rtn"),
+        [
+            {"solver": GPTQ, "weights": {"group": "auto"}},
+            {"solver": GPTQ, "weights": {"group": 64}},
+            {"solver": {"kind": "rtn"}, "weights": TENSOR},
+        ],
+    ),
+    (
+        6,
+        {"solver": GPTQ, "overrides": [{"match": "q_proj", "weights": TENSOR}]},
+        ("channel", "rtn"),
+        [
+            {
+                "solver": GPTQ,
+                "overrides": [{"match": "q_proj", "weights": TENSOR, "solver": {"kind": "rtn"}}],
+            }
+        ],
+    ),
+    (
+        6,
+        {"weights": TENSOR, "overrides": [{"match": "q_proj", "solver": GPTQ}]},
+        ("channel", "rtn"),
+        [
+            {
+                "weights": TENSOR,
+                "overrides": [{"match": "q_proj", "solver": GPTQ, "weights": {"bits": 8}}],
+            }
+        ],
+    ),
+    *OUTSIDE,
+    (
+        8,
+        {"weights": {"bits": 8}, "activations": {"bits": 4}},
+        ("W8A8", "W4A8", "W4A4"),
+        [
+            {"weights": {"bits": 8}, "activations": {"bits": 8}},
+            {"weights": {"bits": 4}, "activations": {"bits": 8}},
+            {"weights": {"bits": 4}, "activations": {"bits": 4}},
+        ],
+    ),
+    (
+        8,  # an override elsewhere does not hide it
+        {
+            "weights": {"bits": 8},
+            "activations": {"bits": 4},
+            "overrides": [{"match": "down_proj", "activations": A8}],
+        },
+        ("W8A8", "W4A8", "W4A4"),
+        [
+            {
+                "weights": {"bits": 4},
+                "activations": {"bits": 4},
+                "overrides": [{"match": "down_proj", "weights": {"bits": 8}, "activations": A8}],
+            }
+        ],
+    ),
+    (
+        8,
+        {
+            "weights": {"bits": 4},
+            "activations": {"bits": 4},
+            "overrides": [{"match": "down_proj", "weights": {"bits": 8}}],
+        },
+        ("W8A8", "W4A8", "W4A4"),
+        [
+            {
+                "weights": {"bits": 4},
+                "activations": {"bits": 4},
+                "overrides": [
+                    {"match": "down_proj", "weights": {"bits": 8}, "activations": "none"}
+                ],
+            }
+        ],
+    ),
+]
+
+
+def recipe_of(data: dict[str, Any]) -> Recipe:
+    return Recipe.parse({"name": "mine", **data}, "mine")
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {case[0] for case in CASES} == set(range(len(RULES)))
+
+
+@pytest.mark.parametrize(("index", "data", "offered", "valid"), CASES)
+def test_rules(
+    index: int, data: dict[str, Any], offered: tuple[str, ...], valid: list[dict[str, Any]]
+) -> None:
+    rule, recipe = RULES[index], recipe_of(data)
+    assert [i for i, r in enumerate(RULES) if r.broken(recipe)] == [index]
+    with pytest.raises(InputError) as caught:
+        check_recipe(recipe)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message == f"recipe mine: {rule.why}; valid: {rule.valid}"
+    for choice in offered:
+        assert choice in message.partition("valid: ")[2]
+    for allowed in valid:
+        check_recipe(recipe_of(allowed))
+
+
+@cache
+def structure(family: str, tied: bool) -> ModelStructure:
+    return discover(build_empty(tiny_config(family, tied=tied)))
+
+
+def refusal(data: dict[str, Any], family: str = "llama", *, tied: bool = True) -> str:
+    with pytest.raises(InputError) as caught:
+        check_model(recipe_of(data), structure(family, tied))
+    assert "\n" not in str(caught.value)
+    assert "valid: " in str(caught.value)
+    return str(caught.value)
+
+
+def test_tied_embedding_and_head_need_one_grid() -> None:
+    assert "tied" in refusal({"head": None})
+    assert "tied" in refusal({"embedding": None})
+    check_model(recipe_of({"head": None}), structure("llama", False))
+    check_model(recipe_of({"head": None, "embedding": None}), structure("llama", True))
+    check_model(recipe_of({}), structure("llama", True))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_need_one_scheme(family: str) -> None:
+    eight = {"bits": 8}
+    for broken in (
+        {"ignore": ["*.experts.1.*"]},
+        {"ignore": ["down_proj"]},
+        {"ignore": ["*.experts.*"]},
+        {"overrides": [{"match": "*.experts.*.down_proj", "weights": eight}]},
+        {"overrides": [{"match": "model.layers.0.mlp", "weights": eight}]},
+    ):
+        assert "one scheme" in refusal(broken, family)
+    assert "symmetric" in refusal({"weights": {"symmetric": False}}, family)
+    for valid in (
+        {"overrides": [{"match": "*.experts.*", "weights": eight}]},
+        {"overrides": [{"match": "q_proj", "weights": {"symmetric": False}}]},
+        {"ignore": ["q_proj"]},
+    ):
+        check_model(recipe_of(valid), structure(family, True))
+
+
+def test_dense_models_take_any_overrides() -> None:
+    data = {"ignore": ["down_proj"], "weights": {"symmetric": False}}
+    check_model(recipe_of(data), structure("llama", True))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_suit_dense_models_and_experts(name: str, family: str) -> None:
+    check_model(Recipe.load(name), structure(family, True))
+
+
+@pytest.mark.parametrize(
+    ("data", "family", "expected"),
+    [
+        ({"weights": {"bits": 3}}, "llama", "compressed-tensors 0.20"),
+        ({"overrides": [{"match": "q_proj", "weights": {"bits": 6}}]}, "llama", "few GPU kernels"),
+        ({"weights": {"symmetric": False}}, "llama", "asymmetric"),
+        ({}, "llama", "--set embedding=null"),
+        ({"activations": A8}, "mixtral", "experts"),
+        ({"activations": A8}, "opt", "fc1 and fc2"),
+        ({"activations": {"kind": "cross_dynamic"}}, "llama", "research"),
+    ],
+)
+def test_warnings(data: dict[str, Any], family: str, expected: str) -> None:
+    found = warnings(recipe_of(data), structure(family, True))
+    assert sum(expected in note for note in found) == 1
+    assert all("\n" not in note for note in found)
+    plain = recipe_of({"embedding": None, "head": None})
+    assert warnings(plain, structure("llama", True)) == []
