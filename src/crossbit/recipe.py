@@ -26,7 +26,7 @@ from crossbit.errors import InputError
 from crossbit.grid import Grid, auto_group_size
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
 
 
 class _Strict(BaseModel):
@@ -97,7 +97,7 @@ class CrossFold(_Strict):
     kind: Literal["cross_fold"] = "cross_fold"
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
     alphas: tuple[float, ...] = DEFAULT_ALPHAS
-    weight_term: bool = False
+    weight_term: bool = True
     percentile: float = Field(100.0, gt=50, le=100)
     skip_massive: bool = True
 

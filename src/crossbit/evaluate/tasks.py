@@ -59,7 +59,7 @@ def run_tasks(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: give at least 1 example a task")
-    with quiet_transformers() if quiet else nullcontext(), _warnings_only():
+    with quiet_transformers() if quiet else nullcontext(), _errors_only():
         harness = _harness()
         specs, manager = _load_tasks(harness, tasks, include_path)
         lm = _language_model(harness, folder, dtype, device, batch_size)
@@ -93,15 +93,17 @@ def _harness() -> Any:
 
 
 @contextmanager
-def _warnings_only() -> Iterator[None]:
-    """Keep the harness's log, which tells of every step, to errors."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _errors_only() -> Iterator[None]:
+    """Keep logs to errors: the harness tells of every step, the hub of every retry."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _load_tasks(

@@ -18,6 +18,7 @@ from torch import Tensor
 from crossbit.activations.grid import ActivationGrid
 from crossbit.activations.quantize import fake_quantize_activation
 from crossbit.grid import Grid, dequantize, fit_minmax, quantize
+from crossbit.solvers.hessian import fast_products
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ def output_error(problem: FoldProblem, factor: Tensor, reference: Sequence[Tenso
 
 def search(problem: FoldProblem, candidates: dict[float, Tensor]) -> FoldChoice:
     """The candidate factor with the smallest output error; the earliest wins a tie."""
-    reference = [problem.sample @ w.t() for w in problem.weights]
     tied = {key: problem.tie(factor) for key, factor in candidates.items()}
-    losses = {key: output_error(problem, factor, reference) for key, factor in tied.items()}
+    # Candidates differ by far more than the products' rounding, the same for all of them.
+    with fast_products(problem.sample.device):
+        reference = [problem.sample @ w.t() for w in problem.weights]
+        losses = {key: output_error(problem, factor, reference) for key, factor in tied.items()}
     best = min(losses, key=lambda key: losses[key])
     return FoldChoice(tied[best], best, losses)
 
