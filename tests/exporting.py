@@ -21,7 +21,7 @@ from crossbit.export.shards import ShardWriter
 from crossbit.grid import Grid, QTensor, fit_minmax, quantize
 from crossbit.models.experts import checkpoint_name, is_expert
 from crossbit.models.families import family_of
-from crossbit.verify import VerifyRecord, file_digests, own_logits, sketch_logits
+from crossbit.verification import VerifyRecord, file_digests, own_logits, sketch_logits
 
 CHANNEL8 = Grid(8, True, "channel")
 CHANNEL4 = Grid(4, True, "channel")

@@ -10,15 +10,15 @@ import torch
 from crossbit.corpora import evaluation_windows, load_text
 from crossbit.engine.progress import Reporter
 from crossbit.errors import InputError
-from crossbit.evaluate.run import estimate, losses_of
-from crossbit.evaluate.statistics import paired_loss, perplexity
+from crossbit.evaluation.run import estimate, losses_of
+from crossbit.evaluation.statistics import paired_loss, perplexity
 from crossbit.export.research import is_research
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.source import resolve_model
 from crossbit.models.validate import read_config
 from crossbit.output import RESULT_FILE
-from crossbit.quantize import check_length
+from crossbit.pipeline import check_length
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.loader import folder_config, own_dtype
 
@@ -124,7 +124,7 @@ def evaluate(
         result["against"]["losses"] = reference
         result["paired"] = estimate(paired_loss(losses, reference), "loss")
     if tasks:
-        from crossbit.evaluate.tasks import run_tasks
+        from crossbit.evaluation.tasks import run_tasks
 
         result["tasks"] = run_tasks(folder, tasks, dtype=dtype, device=device)
     return result

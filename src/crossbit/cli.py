@@ -58,7 +58,7 @@ def quantize(
     json_: Json = None,
 ) -> None:
     """Quantize a model into a folder that runtimes load, verify and evaluate it."""
-    from crossbit.quantize import quantize as run
+    from crossbit.pipeline import quantize as run
 
     result = run(
         model,
@@ -139,8 +139,8 @@ def analyze(
     json_: Json = None,
 ) -> None:
     """The quantization kernel, the remove-kernel experiment, outliers, activation modes."""
-    from crossbit.analyze import analyze as run
-    from crossbit.analyze import print_analysis
+    from crossbit.analysis.run import analyze as run
+    from crossbit.analysis.run import print_analysis
 
     result = run(
         model,
@@ -167,7 +167,7 @@ def verify(
     json_: Json = None,
 ) -> None:
     """Reload the folder in transformers and compare it with what was evaluated."""
-    from crossbit.verify import verify as run
+    from crossbit.verification import verify as run
 
     report = run(folder, device=device)
     _write_json(json_, report.to_dict())

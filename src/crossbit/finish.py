@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import crossbit
 from crossbit.cache import atomic_write
 from crossbit.corpora import evaluation_windows, load_text
-from crossbit.engine.plan import ModelPlan
 from crossbit.engine.progress import Reporter, peak_memory
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import WorkError
-from crossbit.evaluate.run import compare_losses, losses_of
+from crossbit.evaluation.run import compare_losses, losses_of
 from crossbit.export.artifact import folder_config, stored_name
 from crossbit.export.research import wrap
 from crossbit.export.shards import ShardWriter
 from crossbit.models.families import needs_bos
-from crossbit.models.source import ModelFolder
-from crossbit.models.structure import ModelStructure
 from crossbit.output import RESULT_FILE, OutputFolder
-from crossbit.recipe import Recipe
 from crossbit.report.html import write_report
 from crossbit.report.model_card import model_card
-from crossbit.verify import VerifyRecord, file_digests, own_logits, sketch_logits, verify
+from crossbit.run import Run
+from crossbit.verification import VerifyRecord, file_digests, own_logits, sketch_logits, verify
 
 VERIFY_TOKENS = 512
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
@@ -40,27 +34,6 @@ _NOT_COPIED = {
     "report.html",
     "model.safetensors.index.json",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the run knows when its blocks are done."""
-
-    folder: ModelFolder
-    recipe: Recipe
-    config: Any
-    tokenizer: Any
-    structure: ModelStructure
-    plan: ModelPlan
-    dtype: torch.dtype
-    device: str
-    manifest: dict[str, Any]
-    calibration: dict[str, Any] | None
-    notes: list[str]
-    stages: dict[str, float]
-    peak: dict[str, int]
-    started: float
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def finish(run: Run, work: WorkDir, output: OutputFolder, reporter: Reporter) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from crossbit.analyze import analyze, print_analysis
+from crossbit.analysis.run import analyze, print_analysis
 from crossbit.corpora import calibration_windows, evaluation_windows, load_text
 from crossbit.errors import InputError
 from crossbit.models.opening import open_tokenizer

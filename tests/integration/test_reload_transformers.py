@@ -33,7 +33,7 @@ from crossbit.export.scheme import QuantScheme
 from crossbit.grid import Grid, QTensor
 from crossbit.models.experts import checkpoint_name, is_expert
 from crossbit.models.families import family_of
-from crossbit.verify import verify
+from crossbit.verification import verify
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

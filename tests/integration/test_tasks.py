@@ -16,8 +16,8 @@ from tests.exporting import CHANNEL8, TOKEN8, everywhere, export_folder
 from tests.tiny import BOS, tiny_folder, tiny_model
 
 from crossbit.errors import InputError
-from crossbit.evaluate import tasks as adapter
-from crossbit.evaluate.tasks import run_tasks
+from crossbit.evaluation import tasks as adapter
+from crossbit.evaluation.tasks import run_tasks
 from crossbit.runtime.loader import load_model
 
 pytest.importorskip("lm_eval")

@@ -23,7 +23,7 @@ from crossbit.export.reader import QuantizedCheckpoint
 from crossbit.export.research import wrap
 from crossbit.models.experts import is_expert
 from crossbit.runtime.install import QuantizedLayer
-from crossbit.verify import (
+from crossbit.verification import (
     VerifyReport,
     check_logits,
     check_recorded,

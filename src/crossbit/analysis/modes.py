@@ -12,8 +12,8 @@ from typing import Any
 
 from crossbit.activations.grid import ActivationGrid, ActivationKind
 from crossbit.analysis.streams import INT8_NAME, Change, Quantize, Tally
-from crossbit.evaluate.run import estimate
-from crossbit.evaluate.statistics import paired_loss, perplexity
+from crossbit.evaluation.run import estimate
+from crossbit.evaluation.statistics import paired_loss, perplexity
 
 _MODES: tuple[tuple[str, ActivationKind, bool, bool], ...] = (
     # name, kind, causal, deployable

@@ -14,8 +14,8 @@ from typing import Any
 from crossbit.activations.kernel import loss_threshold
 from crossbit.analysis.streams import INT8_NAME, Tally
 from crossbit.errors import InputError
-from crossbit.evaluate.run import estimate
-from crossbit.evaluate.statistics import paired_loss, perplexity
+from crossbit.evaluation.run import estimate
+from crossbit.evaluation.statistics import paired_loss, perplexity
 
 PROPORTIONS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 

@@ -19,7 +19,7 @@ from crossbit.activations.quantize import fake_quantize_activation
 from crossbit.analysis.inputs import LayerInput, Replace, replacing
 from crossbit.analysis.observe import Calibrated
 from crossbit.errors import WorkError
-from crossbit.evaluate import perplexity
+from crossbit.evaluation import perplexity
 from crossbit.grid import Grid
 from crossbit.models.shell import Shell
 from crossbit.models.structure import BlockStructure

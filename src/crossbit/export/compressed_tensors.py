@@ -7,11 +7,10 @@ integration tests repeat the measurements. Pure functions: nothing is read or wr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from typing import Any
 
-import compressed_tensors
 import torch
-from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from crossbit.errors import InputError
@@ -80,7 +79,7 @@ def quantization_config(
         "quant_method": METHOD,
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "version": str(compressed_tensors.__version__),
+        "version": version("compressed-tensors"),
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": compact(sorted(unquantized), universe),
@@ -205,6 +204,9 @@ def class_of(scheme: QuantScheme) -> str:
 
 
 def _validate(config: Mapping[str, Any]) -> None:
+    # Only here: the library takes memory that a run does not need before it writes the config.
+    from compressed_tensors.quantization import QuantizationConfig
+
     try:
         QuantizationConfig.model_validate(dict(config))
     except (ValueError, NotImplementedError) as error:

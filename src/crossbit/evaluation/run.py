@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from crossbit.engine.progress import Reporter
-from crossbit.evaluate.perplexity import window_losses
-from crossbit.evaluate.statistics import Estimate, paired_loss, perplexity
+from crossbit.evaluation.perplexity import window_losses
+from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.loader import open_blocks
 

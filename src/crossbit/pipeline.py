@@ -22,7 +22,6 @@ from crossbit.engine.progress import Reporter, peak_memory
 from crossbit.engine.workdir import WorkDir
 from crossbit.errors import InputError
 from crossbit.export.artifact import block_tensors, quantize_outside
-from crossbit.finish import Run, finish
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_config, open_tokenizer
@@ -30,6 +29,7 @@ from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, read_result
 from crossbit.recipe import Recipe
+from crossbit.run import Run
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.loader import own_dtype
 
@@ -145,6 +145,9 @@ def quantize(
         started=started,
     )
     _release(prepared)
+    # Only now: reading, plotting and verifying need libraries that the loop has no memory for.
+    from crossbit.finish import finish
+
     result = finish(run, directory, output, reporter)
     shutil.rmtree(output.work, ignore_errors=True)
     return result

@@ -1,0 +1,33 @@
+"""What a run knows when its blocks are done: the hand-over from the loop to the finishing steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crossbit.engine.plan import ModelPlan
+from crossbit.models.source import ModelFolder
+from crossbit.models.structure import ModelStructure
+from crossbit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the run knows when its blocks are done."""
+
+    folder: ModelFolder
+    recipe: Recipe
+    config: Any
+    tokenizer: Any
+    structure: ModelStructure
+    plan: ModelPlan
+    dtype: torch.dtype
+    device: str
+    manifest: dict[str, Any]
+    calibration: dict[str, Any] | None
+    notes: list[str]
+    stages: dict[str, float]
+    peak: dict[str, int]
+    started: float
