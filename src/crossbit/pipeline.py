@@ -18,7 +18,7 @@ from crossbit.compat import check_model, check_recipe, warnings
 from crossbit.corpora import Corpus, calibration_windows, load_text
 from crossbit.engine.loop import Job, needs_calibration, run_blocks
 from crossbit.engine.plan import ModelPlan, make_plan
-from crossbit.engine.progress import Reporter, peak_memory
+from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import WorkDir
 from crossbit.errors import InputError
 from crossbit.export.artifact import block_tensors, quantize_outside
@@ -144,7 +144,6 @@ def quantize(
         peak=peak,
         started=started,
     )
-    _release(prepared)
     # Only now: reading, plotting and verifying need libraries that the loop has no memory for.
     from crossbit.finish import finish
 
@@ -194,6 +193,7 @@ def _prepare(
             seed=settings.seed,
             bos=needs_bos(config),
         )
+    release_memory()  # what tokenising the text left behind
     if recipe.evaluation.windows:
         # Found now rather than after the work: an evaluation text that cannot be read.
         load_text(recipe.evaluation.text, split="evaluation", tokenizer=tokenizer)
@@ -230,6 +230,7 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
     if not directory.has_part("outside"):
         directory.save_part("outside", outside, {})
     del outside
+    release_memory()
 
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
         plan = prepared.plan.blocks[index]
@@ -246,11 +247,6 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
         write,
     )
     run_blocks(job, directory, reporter)
-
-
-def _release(prepared: Prepared) -> None:
-    """Drop embedding and head before the evaluation loads its own."""
-    prepared.shell.model.to("meta")
 
 
 def _manifest(prepared: Prepared) -> dict[str, Any]:

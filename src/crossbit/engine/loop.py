@@ -13,19 +13,18 @@ from torch import Tensor, nn
 
 from crossbit.engine.observe import GroupState, attach, make_states
 from crossbit.engine.plan import BlockPlan, ModelPlan
-from crossbit.engine.progress import Reporter
+from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.scale import apply_transforms
 from crossbit.engine.solve import Solved, solve_block
 from crossbit.engine.statistics import InputStatistics
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import WorkError
-from crossbit.models.checkpoint import check_finite
-from crossbit.models.experts import TensorSource
+from crossbit.models.checkpoint import Checkpoint, check_finite
 from crossbit.models.shell import Shell
 from crossbit.recipe import Activations, CrossFold, Gptq, Recipe, Rtn
 from crossbit.runtime.install import QuantizedLayer, install
 
-TOKENS_AT_ONCE = 4096  # a batch of sequences through a block
+TOKENS_AT_ONCE = 2048  # a batch of sequences through a block
 SAMPLE_TOKENS = 4096  # held-out tokens kept a layer input, before massive ones are dropped
 
 Write = Callable[[int, nn.Module, dict[str, QuantizedLayer]], dict[str, Tensor]]
@@ -46,7 +45,7 @@ class Job:
     """
 
     shell: Shell
-    checkpoint: TensorSource
+    checkpoint: Checkpoint
     plan: ModelPlan
     recipe: Recipe
     ids: Tensor | None
@@ -75,6 +74,8 @@ def run_blocks(job: Job, work: WorkDir, reporter: Reporter) -> None:
     streams = job.ids is not None
     first = work.next_block(streams=streams)
     hidden = _entering(job, work, first) if streams and first < total else None
+    job.shell.free_outside()
+    release_memory()
     if streams and first == 0 and hidden is not None:
         work.save_stream(0, hidden)
     if first:
@@ -91,7 +92,14 @@ def _entering(job: Job, work: WorkDir, block: int) -> Tensor:
     if block:
         raise WorkError(f"{work.path}: the activations entering block {block} are missing")
     assert job.ids is not None
-    return torch.cat([job.shell.embed(part) for part in torch.split(job.ids, _batch(job.ids))])
+    hidden: Tensor | None = None
+    for start in range(0, job.ids.shape[0], _batch(job.ids)):
+        part = job.shell.embed(job.ids[start : start + _batch(job.ids)])
+        if hidden is None:  # filled in place: joining parts would hold all of them twice
+            hidden = part.new_empty(job.ids.shape[0], *part.shape[1:])
+        hidden[start : start + part.shape[0]] = part
+    assert hidden is not None
+    return hidden
 
 
 def _batch(ids: Tensor) -> int:
@@ -110,6 +118,7 @@ def _one_block(job: Job, work: WorkDir, index: int, hidden: Tensor | None) -> Te
     started = time.monotonic()
     plan = job.plan.blocks[index]
     block = job.shell.load_block(index, job.checkpoint, torch.float32)
+    job.checkpoint.close()  # or the pages of all blocks would stay mapped
     _check_finite(block, plan.structure.name)
     states: list[GroupState] = []
     target: Tensor | None = None
@@ -140,6 +149,7 @@ def _one_block(job: Job, work: WorkDir, index: int, hidden: Tensor | None) -> Te
         work.save_stream(index + 1, hidden)
     work.save_part(part_name(index), tensors, record)
     job.shell.free_block(index)
+    release_memory()
     return hidden
 
 
@@ -160,11 +170,19 @@ def _empty_states(job: Job, plan: BlockPlan) -> list[GroupState]:
         layer = plan.layers.get(name)
         return layer is not None and isinstance(layer.solver, Gptq)
 
-    return make_states(plan.structure, percentile=percentile, tokens=fitting, hessian=hessian)
+    activations = [layer.activation_config for layer in plan.layers.values()]
+    ranges = bool(job.recipe.transforms) or any(a and _calibrated(a) for a in activations)
+    return make_states(
+        plan.structure, percentile=percentile, tokens=fitting, ranges=ranges, hessian=hessian
+    )
 
 
 def _wants_sample(job: Job) -> bool:
-    return bool(job.recipe.transforms) or needs_calibration(job.recipe)
+    """Transforms and AWQ's clip search compare outputs on held-out activations."""
+    solvers = [job.recipe.solver, *(o.solver for o in job.recipe.overrides)]
+    return bool(job.recipe.transforms) or any(
+        isinstance(s, Rtn) and s.clip == "awq" for s in solvers
+    )
 
 
 def _observe(
@@ -215,12 +233,13 @@ def _advance(job: Job, index: int, hidden: Tensor) -> Tensor:
     batch = _batch_of(hidden)
     for start in range(0, hidden.shape[0], batch):
         part = slice(start, start + batch)
-        hidden[part] = job.shell.run_block(index, hidden[part], kwargs)
-    if not bool(torch.isfinite(hidden).all()):
-        raise WorkError(
-            f"block {index}: the quantized block's output is not finite; use more bits, or "
-            "--dtype float32"
-        )
+        out = job.shell.run_block(index, hidden[part], kwargs)
+        if not bool(torch.isfinite(out.sum())):
+            raise WorkError(
+                f"block {index}: the quantized block's output is not finite; use more bits, or "
+                "--dtype float32"
+            )
+        hidden[part] = out
     return hidden
 
 

@@ -58,7 +58,12 @@ class GroupState:
 
 
 def make_states(
-    block: BlockStructure, *, percentile: float, tokens: int, hessian: Callable[[str], bool]
+    block: BlockStructure,
+    *,
+    percentile: float,
+    tokens: int,
+    ranges: bool,
+    hessian: Callable[[str], bool],
 ) -> list[GroupState]:
     """Empty statistics for every group of a block.
 
@@ -66,6 +71,7 @@ def make_states(
         block: the block.
         percentile: of the column maxima.
         tokens: tokens of the fitting sequences.
+        ranges: whether anything looks at maxima and means.
         hessian: whether the solver of a layer (relative name) wants X^T X.
     """
     states = []
@@ -80,6 +86,7 @@ def make_states(
                     group.width,
                     percentile=percentile,
                     tokens=tokens,
+                    ranges=ranges,
                     hessian=any(hessian(n) for n in names),
                 ),
             )

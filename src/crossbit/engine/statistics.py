@@ -25,12 +25,20 @@ class InputStatistics:
         percentile: column maxima are this percentile of |X_j| over the tokens (100: the maximum).
         tokens: tokens that will be seen, needed for a percentile below 100.
         hessian: accumulate X^T X over every token.
+        ranges: keep maxima and means; without, only tokens are counted.
     """
 
     def __init__(
-        self, columns: int, *, percentile: float = 100.0, tokens: int = 0, hessian: bool = False
+        self,
+        columns: int,
+        *,
+        percentile: float = 100.0,
+        tokens: int = 0,
+        hessian: bool = False,
+        ranges: bool = True,
     ) -> None:
         self.columns = columns
+        self._ranges = ranges
         self.percentile = percentile
         # The k-th largest value is the percentile; k = 1 is the maximum.
         self._keep = max(1, math.ceil((1 - percentile / 100) * tokens))
@@ -49,6 +57,13 @@ class InputStatistics:
         x = x.reshape(-1, self.columns)
         if x.shape[0] == 0:
             return
+        self.tokens += x.shape[0]
+        if self._ranges:
+            self._add_ranges(x)
+        if self.hessian is not None:
+            self.hessian.add(x)
+
+    def _add_ranges(self, x: Tensor) -> None:
         magnitude = x.abs().float()
         rows = magnitude.amax(1)
         massive = rows > MASSIVE_RATIO * rows.median()
@@ -58,11 +73,8 @@ class InputStatistics:
         else:
             self._top_ordinary = self._merge(self._top_ordinary, magnitude)
         self._abs_sum += magnitude.sum(0, dtype=torch.float64)
-        self.tokens += x.shape[0]
         self.massive_tokens += int(massive.sum())
         self.absolute_maximum = max(self.absolute_maximum, float(rows.max()))
-        if self.hessian is not None:
-            self.hessian.add(x)
 
     def add_hessian_only(self, x: Tensor) -> None:
         """Take held-out activations into the Hessian and nothing else."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,7 +107,13 @@ class WorkDir:
 
     def save_stream(self, block: int, hidden: Tensor) -> None:
         """Keep the activations that enter ``block``; the previous ones are dropped after."""
-        self._write_tensors(_stream(block), {"hidden": hidden})
+        temporary = self.path / f".{_stream(block)}.tmp"
+        try:
+            write_tensor(temporary, "hidden", hidden)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritable(_stream(block), error) from None
+        os.replace(temporary, self.path / _stream(block))
         (self.path / _stream(block - 1)).unlink(missing_ok=True)
 
     def load_stream(self, block: int) -> Tensor | None:
@@ -151,11 +158,30 @@ class WorkDir:
             save_file(whole, str(temporary))
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise WorkError(
-                f"{self.path / name}: cannot be written ({error}); free some disk space and "
-                "run again with --resume"
-            ) from None
+            raise self._unwritable(name, error) from None
         os.replace(temporary, self.path / name)
+
+    def _unwritable(self, name: str, error: Exception) -> WorkError:
+        return WorkError(
+            f"{self.path / name}: cannot be written ({error}); free some disk space and run "
+            "again with --resume"
+        )
+
+
+def write_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    """Write one tensor as a safetensors file without a copy in memory.
+
+    The library serialises into a buffer first, which would double the activations.
+    """
+    data = tensor.detach().cpu().contiguous()
+    size = data.numel() * data.element_size()
+    dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[data.dtype]
+    entry = {"dtype": dtype, "shape": list(data.shape), "data_offsets": [0, size]}
+    header = json.dumps({name: entry}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        data.reshape(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def part_name(block: int) -> str:

@@ -12,13 +12,16 @@ from crossbit.engine.plan import LayerPlan, ModelPlan
 from crossbit.export.compressed_tensors import module_tensors, quantization_config
 from crossbit.export.research import COLUMNS
 from crossbit.export.scheme import QuantScheme
-from crossbit.grid import QTensor
+from crossbit.grid import Grid, QTensor
 from crossbit.models.experts import checkpoint_name, is_expert
 from crossbit.models.families import Family
 from crossbit.models.shell import Shell
 from crossbit.models.structure import ModelStructure
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.solvers.rtn import rtn
+
+
+_ROWS = 4096
 
 
 def stored_name(family: Family, module: str) -> str:
@@ -70,10 +73,11 @@ def quantize_outside(shell: Shell, plan: ModelPlan, dtype: torch.dtype) -> dict[
         tied = module == structure.head and structure.tied
         if not tied:
             weight = shell.model.get_submodule(module).weight
-            solved[module] = rtn(weight.detach().float(), scheme.weights)
+            solved[module] = _round_rows(weight.detach(), scheme.weights)
         qtensor = solved[structure.embedding if tied else module]
-        name = stored_name(structure.family, module)
-        tensors.update(module_tensors(name, qtensor, scheme, tied=tied))
+        # Under the module's own name, by which the config speaks of it (GPT-NeoX's file calls the
+        # unquantized head embed_out).
+        tensors.update(module_tensors(module, qtensor, scheme, tied=tied))
     for name, parameter in shell.model.named_parameters():
         module = name.removesuffix(".weight")
         if name.startswith(prefix) or module in schemes:
@@ -81,8 +85,21 @@ def quantize_outside(shell: Shell, plan: ModelPlan, dtype: torch.dtype) -> dict[
         tensors[checkpoint_name(structure.family, name)] = parameter.detach().to(dtype)
     for module, qtensor in solved.items():
         target = shell.model.get_submodule(module).weight
-        target.data.copy_(qtensor.dequantize())
+        for start in range(0, target.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            part = QTensor(qtensor.codes[rows], qtensor.scale[rows], None, qtensor.grid)
+            target.data[rows].copy_(part.dequantize())
     return tensors
+
+
+def _round_rows(weight: Tensor, grid: Grid) -> QTensor:
+    """Round to nearest a few rows at a time: a vocabulary in float32 would dwarf the blocks.
+
+    The grid has one scale a row (the compatibility table allows no other), so rows are apart.
+    """
+    parts = [rtn(part.float(), grid) for part in torch.split(weight, _ROWS)]
+    codes = torch.cat([part.codes for part in parts])
+    return QTensor(codes, torch.cat([part.scale for part in parts]), None, grid)
 
 
 def block_tensors(

@@ -227,6 +227,22 @@ class Shell:
         self._outside_dtype = dtype
         self._kwargs.clear()
 
+    def free_outside(self) -> None:
+        """Drop embedding and head again; blocks can still run.
+
+        Positions stay: OPT adds its own before the first block, where the blocks' keyword
+        arguments are taken from.
+        """
+        large = {f"{self.structure.embedding}.weight", f"{self.structure.head}.weight"}
+        for name in self._outside_names():
+            if name not in large:
+                continue
+            parameter = self.model.get_parameter(name)
+            _set_parameter(self.model, name, torch.empty_like(parameter, device="meta"))
+        if self.structure.tied:
+            source = self.model.get_submodule(self.structure.embedding)
+            self.model.get_submodule(self.structure.head).weight = source.weight
+
     def load_block(self, index: int, checkpoint: TensorSource, dtype: torch.dtype) -> nn.Module:
         """Materialise block `index` from the checkpoint and put it in place.
 
