@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from crossbit.corpora import evaluation_windows, load_text
+from crossbit.device import check_device
 from crossbit.engine.progress import Reporter
 from crossbit.errors import InputError
 from crossbit.evaluation.run import estimate, losses_of
@@ -81,6 +83,9 @@ def evaluate(
         raise InputError(f"--length {length}: a window needs at least 2 tokens")
     if windows is not None and windows < 1:
         raise InputError(f"--windows {windows}: give at least 1")
+    if divisor is not None and not (math.isfinite(divisor) and divisor > 0):
+        raise InputError(f"--divisor {divisor}: give a positive number")
+    check_device(device)
     reporter = Reporter(quiet)
     folder = local_folder(model, revision)
     config: Any = folder_config(folder)
@@ -92,6 +97,12 @@ def evaluate(
     other = local_folder(against) if against is not None else None
     if other is not None and folder_config(other).vocab_size != config.vocab_size:
         raise InputError(f"--against {against}: another vocabulary; the two cannot be compared")
+    scores: dict[str, Any] = {}
+    if tasks:
+        # First: an unknown task or missing data is found before any work.
+        from crossbit.evaluation.tasks import run_tasks
+
+        scores = run_tasks(folder, tasks, dtype=dtype, device=device, quiet=quiet)
     losses = losses_of(
         folder,
         ids,
@@ -124,9 +135,7 @@ def evaluate(
         result["against"]["losses"] = reference
         result["paired"] = estimate(paired_loss(losses, reference), "loss")
     if tasks:
-        from crossbit.evaluation.tasks import run_tasks
-
-        result["tasks"] = run_tasks(folder, tasks, dtype=dtype, device=device)
+        result["tasks"] = scores
     return result
 
 
@@ -151,6 +160,7 @@ def generate(
 
     if not prompt:
         raise InputError("the prompt is empty; give some text")
+    check_device(device)
     return generate_text(
         local_folder(str(folder)),
         prompt,

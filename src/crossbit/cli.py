@@ -60,6 +60,7 @@ def quantize(
     """Quantize a model into a folder that runtimes load, verify and evaluate it."""
     from crossbit.pipeline import quantize as run
 
+    _check_json(json_)
     result = run(
         model,
         recipe,
@@ -103,6 +104,7 @@ def evaluate(
     """Perplexity with its standard error; with --against, the paired difference."""
     from crossbit.api import evaluate as run
 
+    _check_json(json_)
     if execution not in ("auto", "fake", "integer"):
         raise InputError(f"--execution {execution}: give auto, fake or integer")
     result = run(
@@ -131,7 +133,10 @@ def analyze(
     length: Annotated[int, typer.Option(help="tokens of each")] = 1024,
     seed: Annotated[int, typer.Option(help="of the calibration windows")] = 0,
     text: Annotated[str | None, typer.Option(help="evaluation text name or file")] = None,
-    windows: Annotated[int, typer.Option(help="evaluation windows")] = 4,
+    windows: Annotated[int, typer.Option(help="evaluation windows; 0: no perplexities")] = 4,
+    window_length: Annotated[
+        int | None, typer.Option(help="tokens of each; 2048 or the model's limit by default")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for analysis.html and JSON")] = None,
     revision: Revision = None,
     dtype: DtypeOption = None,
@@ -142,6 +147,7 @@ def analyze(
     from crossbit.analysis.run import analyze as run
     from crossbit.analysis.run import print_analysis
 
+    _check_json(json_)
     result = run(
         model,
         calibration=calibration,
@@ -150,6 +156,7 @@ def analyze(
         seed=seed,
         text=text,
         windows=windows,
+        window_length=window_length,
         out=out,
         revision=revision,
         dtype=_dtype(dtype),
@@ -169,6 +176,7 @@ def verify(
     """Reload the folder in transformers and compare it with what was evaluated."""
     from crossbit.verification import verify as run
 
+    _check_json(json_)
     report = run(folder, device=device)
     _write_json(json_, report.to_dict())
     table = Table("check", "result", "value", "bound", "detail")
@@ -211,6 +219,7 @@ def recipes(
         typer.echo(preset_text(name), nl=False)
         return
     table = Table("recipe", "kind", "weights", "activations", "what it is")
+    table.columns[0].no_wrap = True  # a name cut short cannot be typed
     for preset in preset_names():
         recipe = Recipe.load(preset)
         grid, acts = recipe.weights, recipe.activations
@@ -239,6 +248,17 @@ def _dtype(name: str | None) -> Any:
     if name not in known:
         raise InputError(f"--dtype {name}: give {', '.join(known)}")
     return known[name]
+
+
+def _check_json(path: Path | None) -> None:
+    """Find out before the work that the result cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"--json {path}: is a folder; give a file name")
+    existing = next(p for p in path.absolute().parents if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--json {path}: {existing} cannot be written; give another file")
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -310,17 +330,19 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-class _Stopped(Exception):  # noqa: N818 - a request, not an error
-    """SIGTERM arrived."""
+class _Stopped(BaseException):
+    """SIGTERM or Ctrl-C arrived: no error, so that nothing on the way handles it as one."""
 
 
-def _on_terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+def _on_stop(_number: int, _frame: FrameType | None) -> NoReturn:
     raise _Stopped
 
 
 def main() -> None:
     """Entry point of the ``crossbit`` command."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    # Ctrl-C too: typer turns a KeyboardInterrupt into a silent exit.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_stop)
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -338,7 +360,8 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
-            _fail(f"{error.format_message()}; see crossbit --help", 2)
+            message = error.format_message().rstrip(".") or "no command given"
+            _fail(f"{message}; see crossbit --help", 2)
         if os.environ.get("CROSSBIT_DEBUG"):
             raise
         first = (str(error).strip().splitlines() or [""])[0]

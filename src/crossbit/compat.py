@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from crossbit.errors import InputError
 from crossbit.models.structure import ModelStructure
-from crossbit.recipe import Activations, CrossFold, Gptq, Recipe, Smooth, Solver, WeightGrid
+from crossbit.recipe import (
+    Activations,
+    CrossFold,
+    Gptq,
+    Recipe,
+    Smooth,
+    Solver,
+    WeightGrid,
+    matches,
+)
 
 
 def _activations(recipe: Recipe) -> Iterable[Activations]:
@@ -47,6 +56,17 @@ def _has(recipe: Recipe, kind: type) -> bool:
 
 def _default_divisor(activations: Activations) -> bool:
     return activations.divisor in (None, ((1 << activations.bits) - 1) / 2)
+
+
+def _one_packed_scheme(recipe: Recipe) -> bool:
+    weights = recipe.weights
+    return (
+        weights.scale_dtype == "float32"
+        and weights.group not in ("auto", "tensor")
+        and recipe.embedding is None
+        and recipe.head is None
+        and not any(o.weights or o.activations for o in recipe.overrides)
+    )
 
 
 @dataclass(frozen=True)
@@ -118,6 +138,19 @@ RULES: tuple[Rule, ...] = (
         "activations with fewer bits than the weights: no kernel multiplies them",
         "W8A8, W4A8 or W4A4 (an override that gives both: weights and activations in one)",
     ),
+    Rule(
+        lambda r: (
+            any(
+                not g.symmetric and (a is None or a.grid().research)
+                for g, a, _ in _combinations(r)
+            )
+            and not _one_packed_scheme(r)
+        ),
+        "asymmetric weights without quantized activations: transformers reloads their packed zero "
+        "points only if the whole model has that one scheme, with float32 scales",
+        "weights {symmetric: false, scale_dtype: float32, group: channel or a number} with "
+        "embedding: null, head: null and no overrides; symmetric weights; or quantized activations",
+    ),
 )
 
 
@@ -139,11 +172,17 @@ def check_model(recipe: Recipe, structure: ModelStructure) -> None:
         InputError: tied embedding and head on different grids; experts on different schemes or
             asymmetric (readers fuse them and apply one scheme without saying so).
     """
-    if structure.tied and recipe.embedding != recipe.head:
+    embedding_names = (structure.embedding, "embedding")
+    head_names = (structure.head, "head", "lm_head")
+    embedding = None if recipe.ignores(*embedding_names) else recipe.embedding
+    head = None if recipe.ignores(*head_names) else recipe.head
+    if structure.tied and embedding != head:
         raise InputError(
             f"recipe {recipe.name}: embedding and head are one tied matrix in this model but have "
-            "different grids; valid: the same value for both"
+            "different grids; valid: the same value for both (embedding: null and head: null "
+            "leave it in floating point)"
         )
+    _check_outside_overrides(recipe, structure, embedding_names, head_names)
     if structure.family.experts is None:
         return
     schemes = set()
@@ -170,6 +209,30 @@ def check_model(recipe: Recipe, structure: ModelStructure) -> None:
         )
 
 
+def _check_outside_overrides(
+    recipe: Recipe,
+    structure: ModelStructure,
+    embedding_names: Iterable[str],
+    head_names: Iterable[str],
+) -> None:
+    """Refuse overrides that name embedding or head, which are not layers of a block."""
+    layers = [
+        name
+        for block in structure.blocks
+        for info in block.linears.values()
+        for name in (f"{block.name}.{info.name}", info.role, block.name)
+    ]
+    for override in recipe.overrides:
+        if any(matches(override.match, name) for name in layers):
+            continue
+        for key, names in (("embedding", embedding_names), ("head", head_names)):
+            if any(matches(override.match, name) for name in names):
+                raise InputError(
+                    f"recipe {recipe.name}: overrides.match {override.match!r} names the "
+                    f"{key}, which has a grid of its own; use the key `{key}:` of the recipe"
+                )
+
+
 def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
     """What the user should know before the run; also kept in the report."""
     notes = []
@@ -190,8 +253,8 @@ def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
         )
     if structure.family.experts is not None and list(_activations(recipe)):
         notes.append(
-            "transformers runs the experts with float activations (its fused experts are no "
-            "linear layers); crossbit and INT8 kernels quantize them"
+            "the experts keep float activations (transformers fuses them, and fused experts are "
+            "no linear layers): of them only the weights are quantized"
         )
     if structure.family.model_type == "opt" and list(_activations(recipe)):
         notes.append(

@@ -19,10 +19,11 @@ from crossbit.export.artifact import folder_config, stored_name
 from crossbit.export.research import wrap
 from crossbit.export.shards import ShardWriter
 from crossbit.models.families import needs_bos
+from crossbit.models.gguf import SOURCE_FILE
 from crossbit.output import RESULT_FILE, OutputFolder
 from crossbit.report.html import write_report
 from crossbit.report.model_card import model_card
-from crossbit.run import Run
+from crossbit.run import Run, evaluation_length
 from crossbit.verification import VerifyRecord, file_digests, own_logits, sketch_logits, verify
 
 VERIFY_TOKENS = 512
@@ -31,6 +32,7 @@ _NOT_COPIED = {
     "config.json",
     "README.md",
     RESULT_FILE,
+    SOURCE_FILE,  # tells of the model before this run
     "report.html",
     "model.safetensors.index.json",
 }
@@ -224,8 +226,7 @@ def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | No
     settings = run.recipe.evaluation
     if settings.windows == 0:
         return None
-    limit = getattr(run.config, "max_position_embeddings", None) or settings.length
-    length = min(settings.length, int(limit))
+    length = evaluation_length(run.config, settings.length)
     corpus = load_text(settings.text, split="evaluation", tokenizer=run.tokenizer)
     ids = evaluation_windows(
         corpus, run.tokenizer, length=length, windows=None, bos=needs_bos(run.config)

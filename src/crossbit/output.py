@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from crossbit.engine.workdir import MANIFEST
 from crossbit.errors import InputError, WorkError
 
 RESULT_FILE = "crossbit.json"
@@ -32,7 +33,7 @@ class OutputFolder:
         Raises:
             InputError: what is in the way and which option or path helps.
         """
-        if not self.final.name:
+        if not self.final.name or self.final.name == "..":
             raise InputError(f"--out {self.final}: not a folder name; give one such as ./out")
         if self.final.exists() and not self.final.is_dir():
             raise InputError(f"--out {self.final}: exists and is not a folder; choose another")
@@ -40,8 +41,42 @@ class OutputFolder:
             raise InputError(
                 f"--out {self.final}: not empty; give --overwrite to replace it, or another folder"
             )
+        self._check_work()
         for path in (self.final.parent, self.work.parent):
             _check_writable(path)
+
+    def _check_work(self) -> None:
+        """Refuse a work folder that is not one: what is in it would be deleted."""
+        final, work = self.final.resolve(), self.work.resolve()
+        if final == work or final in work.parents or work in final.parents:
+            raise InputError(
+                f"--work {self.work}: the work folder and --out have to lie apart; choose another"
+            )
+        if not self.work.exists():
+            return
+        if not self.work.is_dir():
+            raise InputError(f"--work {self.work}: exists and is not a folder; choose another")
+        held = {p.name for p in self.work.iterdir()} - {f".{MANIFEST}.tmp"}
+        if held and MANIFEST not in held:
+            raise InputError(
+                f"--work {self.work}: not empty and not a work folder of crossbit; choose another"
+            )
+
+    def check_apart(self, *sources: Path) -> None:
+        """Refuse an output that would replace the model it is made from.
+
+        Raises:
+            InputError: naming the model's folder.
+        """
+        for source in sources:
+            if not source.exists():
+                continue
+            model = source.resolve()
+            place = self.final.resolve()
+            if place == model or place in model.parents:
+                raise InputError(
+                    f"--out {self.final}: holds the model itself ({source}); give another folder"
+                )
 
     def publish(self, staged: Path) -> None:
         """Move the finished folder to its final name.
@@ -53,6 +88,7 @@ class OutputFolder:
         """
         aside = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
         try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
             if self.final.exists():
                 os.replace(self.final, aside)
             try:
@@ -83,9 +119,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def _check_writable(folder: Path) -> None:
+    # Nothing is created yet: a run that is refused must leave nothing behind.
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise InputError(

@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 import crossbit
 from crossbit.compat import check_model, check_recipe, warnings
-from crossbit.corpora import Corpus, calibration_windows, load_text
+from crossbit.corpora import Corpus, calibration_windows, evaluation_windows, load_text
+from crossbit.device import check_device
 from crossbit.engine.loop import Job, needs_calibration, run_blocks
 from crossbit.engine.plan import ModelPlan, make_plan
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import WorkDir
-from crossbit.errors import InputError
+from crossbit.errors import InputError, WorkError
 from crossbit.export.artifact import block_tensors, quantize_outside
-from crossbit.models.checkpoint import Checkpoint
+from crossbit.models.checkpoint import Checkpoint, scan_finite
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, read_result
 from crossbit.recipe import Recipe
-from crossbit.run import Run
+from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.loader import own_dtype
 
@@ -104,33 +105,48 @@ def quantize(
     check_recipe(chosen)
     output = OutputFolder(Path(out), Path(work) if work else None)
     output.check(overwrite=overwrite, resume=resume)
-    _check_device(device)
+    check_device(device)
     folder = resolve_model(
         model, revision=revision, dtype=dtype, dequantize=dequantize, allow_pickle=allow_pickle
     )
+    given = [Path(model).expanduser()] if folder.origin in ("local", "gguf") else []
+    output.check_apart(folder.path, *given)
     prepared = _prepare(folder, chosen, dtype, device)
     manifest = _manifest(prepared)
-    if resume and output.final.exists():
-        known = read_result(output.final)
-        if known.get("manifest") == manifest:
+    if resume:
+        known = _finished(output.final, manifest, overwrite)
+        if known is not None:
             reporter.say(f"{output.final}: finished already, nothing to do")
             return known
-        if not overwrite:
-            raise InputError(
-                f"{output.final}: holds the result of other work; give another --out or --overwrite"
-            )
     for note in prepared.notes:
         reporter.say(f"note: {note}")
-    stages: dict[str, float] = {"prepare": time.monotonic() - started}
     directory = WorkDir(output.work)
     directory.begin(manifest, resume=resume)
+    try:
+        return _work(prepared, directory, output, reporter, manifest, device, started)
+    except InputError as error:
+        # Whatever was overlooked above: work has started, so the exit code says so.
+        raise WorkError(str(error)) from error
+
+
+def _work(
+    prepared: Prepared,
+    directory: WorkDir,
+    output: OutputFolder,
+    reporter: Reporter,
+    manifest: dict[str, Any],
+    device: str,
+    started: float,
+) -> dict[str, Any]:
+    """Quantize the blocks, then finish the folder; the content of its crossbit.json."""
     clock = time.monotonic()
+    stages: dict[str, float] = {"prepare": clock - started}
     _run(prepared, directory, reporter)
     stages["quantize"] = time.monotonic() - clock
     peak = {"quantize": peak_memory()}
     run = Run(
-        folder=folder,
-        recipe=chosen,
+        folder=prepared.folder,
+        recipe=prepared.recipe,
         config=prepared.config,
         tokenizer=prepared.tokenizer,
         structure=prepared.shell.structure,
@@ -164,9 +180,23 @@ def _with_options(
     return Recipe.load(recipe, given) if given else recipe
 
 
-def _check_device(device: str) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: no CUDA device is visible to torch; use cpu")
+def _finished(final: Path, manifest: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """What ``final`` holds if it is the result of this very work, None if work is to be done."""
+    if not final.is_dir() or not any(final.iterdir()):
+        return None
+    try:
+        known = read_result(final)
+    except InputError:
+        if overwrite:
+            return None
+        raise
+    if known.get("manifest") == manifest:
+        return known
+    if not overwrite:
+        raise InputError(
+            f"{final}: holds the result of other work; give another --out or --overwrite"
+        )
+    return None
 
 
 def _prepare(
@@ -193,10 +223,18 @@ def _prepare(
             seed=settings.seed,
             bos=needs_bos(config),
         )
-    release_memory()  # what tokenising the text left behind
     if recipe.evaluation.windows:
-        # Found now rather than after the work: an evaluation text that cannot be read.
-        load_text(recipe.evaluation.text, split="evaluation", tokenizer=tokenizer)
+        # Found now rather than after the work: a text that cannot be read or is too short.
+        evaluation_windows(
+            load_text(recipe.evaluation.text, split="evaluation", tokenizer=tokenizer),
+            tokenizer,
+            length=evaluation_length(config, recipe.evaluation.length),
+            windows=None,
+            bos=needs_bos(config),
+        )
+    scan_finite(checkpoint)
+    checkpoint.close()
+    release_memory()  # what tokenising the texts left behind
     return Prepared(
         folder=folder,
         recipe=recipe,

@@ -335,8 +335,28 @@ def _explain(error: ValidationError) -> str:
         key = str(first["loc"][-1])
         names = list(model.model_fields)
         return f"unknown key {place!r}{nearest(key, names)}; valid keys: {', '.join(names)}"
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    message, place = _expected(error, place)
     return f"{place}: {message}, got {first.get('input')!r}"
+
+
+_SCALARS = ("int", "float", "constrained-int", "constrained-float")
+
+
+def _expected(error: ValidationError, place: str) -> tuple[str, str]:
+    """What would be valid at the first problem, and where: one text for all scalar choices."""
+    first = error.errors()[0]
+    parent = first["loc"][:-1]
+    choices = [
+        e
+        for e in error.errors()
+        if e["loc"][:-1] == parent
+        and (str(e["loc"][-1]).startswith("literal[") or e["loc"][-1] in _SCALARS)
+    ]
+    if len(choices) < 2:
+        return first["msg"][:1].lower() + first["msg"][1:], place
+    texts = [c["msg"].removeprefix("Input should be ").partition(", unable")[0] for c in choices]
+    texts = ["a positive number" if t == "greater than 0" else t for t in texts]
+    return "input should be " + ", or ".join(texts), ".".join(str(p) for p in parent)
 
 
 _FIELDS: dict[str, type[BaseModel]] = {

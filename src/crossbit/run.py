@@ -31,3 +31,9 @@ class Run:
     stages: dict[str, float]
     peak: dict[str, int]
     started: float
+
+
+def evaluation_length(config: Any, wanted: int) -> int:
+    """Tokens of an evaluation window: ``wanted``, or the model's positions if those are fewer."""
+    limit = getattr(config, "max_position_embeddings", None) or wanted
+    return min(wanted, int(limit))

@@ -29,6 +29,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from crossbit.device import check_device
 from crossbit.errors import InputError
 from crossbit.export.comparison import Check, LayerComparison, compare_experts, some
 from crossbit.export.fingerprint import tensor_sha256
@@ -100,6 +101,7 @@ def verify(folder: Path | str, *, device: str = "cpu") -> VerifyReport:
         InputError: no such folder, no record in it, or a folder that our own reader refuses.
     """
     folder = Path(folder)
+    check_device(device)
     record = read_record(folder)
     checkpoint = QuantizedCheckpoint(folder)
     checks = [check_tensors(checkpoint, record.tensors), check_files(folder, record.files)]
@@ -121,7 +123,8 @@ def verify(folder: Path | str, *, device: str = "cpu") -> VerifyReport:
     checks.append(reloaded)
     if model is not None:
         comparison = LayerComparison(model, checkpoint)
-        with comparison, torch.no_grad():
+        # Quiet here too: compressed-tensors decompresses, with a bar, at the first forward pass.
+        with comparison, torch.no_grad(), quiet_transformers():
             logits = model(input_ids=ids.to(device), use_cache=False).logits[0].float().cpu()
         compare_experts(model, checkpoint, comparison)
         checks += comparison.rows()

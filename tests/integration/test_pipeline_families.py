@@ -21,6 +21,12 @@ from crossbit.output import read_result
 
 CROSSBIT_TEXT_CHARACTERS = 20_000
 G16, G32 = "weights.group=16", "weights.group=32"
+ASYMMETRIC = (
+    "weights.symmetric=false",
+    "weights.scale_dtype=float32",
+    "embedding=null",
+    "head=null",
+)
 FOLDED = ("crossquant-w8a8",)
 FOUR_BITS: list[tuple[str, ...]] = [
     ("gptq-w4a16", G32),
@@ -34,7 +40,9 @@ FOUR_BITS: list[tuple[str, ...]] = [
 EVERYTHING = (
     *FOUR_BITS,
     ("gptq-w4a16", G16),
-    ("gptq-w4a16", G16, "weights.symmetric=false"),
+    ("gptq-w4a16", G16, *ASYMMETRIC),
+    ("crossquant-w4a8-g64", G32, "weights.symmetric=false"),
+    ("rtn-w8a8-static",),
     ("crossquant-w4a4-channel",),
     ("smoothquant-w8a8",),
     ("rtn-w8a8",),

@@ -17,6 +17,8 @@ from crossbit.recipe import Recipe, preset_names
 A8 = {"bits": 8, "kind": "per_token"}
 FOLD = [{"kind": "cross_fold"}]
 TENSOR = {"bits": 8, "group": "tensor"}
+FLOAT_SCALES = {"symmetric": False, "scale_dtype": "float32"}
+DYNAMIC = {"kind": "cross_dynamic"}
 GPTQ = {"kind": "gptq"}
 
 # Index of the rule in the table, a recipe that breaks it, what the message has to offer, and
@@ -175,6 +177,28 @@ CASES: list[Case] = [
                 ],
             }
         ],
+    ),
+    *(
+        (
+            9,
+            {"weights": {"symmetric": False, "group": 64}, **outside},
+            ("float32", "embedding: null", "symmetric weights"),
+            [
+                {"weights": {**FLOAT_SCALES, "group": 64}, "embedding": None, "head": None},
+                {"weights": {"symmetric": False, "group": 64}, "activations": A8},
+                {"weights": {"group": 64}},
+            ],
+        )
+        for outside in ({}, {"embedding": None, "head": None}, {"activations": DYNAMIC})
+    ),
+    *(
+        (9, {"weights": FLOAT_SCALES, **rest}, ("channel or a number", "no overrides"), [])
+        for rest in (
+            {"head": None},
+            {"embedding": None},
+            {"embedding": None, "head": None, "weights": {**FLOAT_SCALES, "group": "auto"}},
+            {"embedding": None, "head": None, "overrides": [{"match": "q_proj", "weights": {}}]},
+        )
     ),
 ]
 

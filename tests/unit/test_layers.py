@@ -22,12 +22,12 @@ MAX_LINES = 500
 # Lowest first.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "cache"),
-    ("grid", "packing"),
+    ("grid", "packing", "device"),
     ("activations",),
-    ("recipe", "models", "corpora", "solvers", "report", "output", "engine.progress"),
+    ("recipe", "models", "corpora", "solvers", "report", "engine.progress"),
     ("transforms", "compat", "engine.plan", "runtime.linear", "runtime.install"),
     ("engine", "export", "run"),
-    ("runtime",),
+    ("runtime", "output"),
     ("evaluation", "verification"),
     ("analysis", "finish"),
     ("pipeline",),

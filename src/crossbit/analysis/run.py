@@ -30,6 +30,7 @@ from crossbit.analysis.streams import Remove, Stream, advance, losses
 from crossbit.analysis.table import print_analysis as print_analysis
 from crossbit.cache import atomic_write
 from crossbit.corpora import Corpus, calibration_windows, evaluation_windows, load_text
+from crossbit.device import check_device
 from crossbit.engine.progress import Reporter
 from crossbit.errors import InputError, WorkError
 from crossbit.models.checkpoint import Checkpoint, check_finite
@@ -116,8 +117,7 @@ def analyze(
     removed = check_proportions(proportions)
     if windows < 0:
         raise InputError(f"--windows {windows}: give 0 (no perplexities) or more")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: no CUDA device is visible to torch; use cpu")
+    check_device(device)
     target = _checked_out(out)
     folder = resolve_model(model, revision=revision, dtype=dtype)
     config = open_config(folder.path)
@@ -188,7 +188,7 @@ def _texts(
 ) -> tuple[_Text, _Text]:
     """Calibration and evaluation windows; the latter empty without an evaluation."""
     limit = getattr(config, "max_position_embeddings", None) or WINDOW_LENGTH
-    for option, value in (("--length", length), ("window_length", window_length or 0)):
+    for option, value in (("--length", length), ("--window-length", window_length or 0)):
         if value > limit:
             raise InputError(
                 f"{option} {value}: longer than the model's {limit} positions; give less"

@@ -101,7 +101,7 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
     plan = ModelPlan(
         blocks,
         _outside_grid(recipe, recipe.embedding, width, structure.embedding, "embedding"),
-        _outside_grid(recipe, recipe.head, width, structure.head, "head"),
+        _outside_grid(recipe, recipe.head, width, structure.head, "head", "lm_head"),
         ignored,
     )
     if plan.quantized == 0:

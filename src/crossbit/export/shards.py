@@ -98,7 +98,10 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self._folder / _PART.format(len(self._shards))
         try:
+            path.touch()  # save_file alone makes files that only their owner can read
+            mode = path.stat().st_mode
             save_file(self._held, str(path), metadata={"format": "pt"})
+            path.chmod(mode)
         except (OSError, SafetensorError) as error:
             raise WorkError(f"{path}: cannot be written ({error})") from error
         self._shards.append(list(self._held))

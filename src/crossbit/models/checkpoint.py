@@ -34,6 +34,9 @@ _DTYPES: dict[str, torch.dtype] = {
 # Elements of a tensor looked at in one go, so that the check needs little memory.
 _CHUNK = 1 << 22
 
+# Bytes read through a memory map before it is closed.
+_TOUCHED = 1 << 28
+
 
 class Checkpoint:
     """The weights of a model folder: one safetensors file, or shards with an index.
@@ -195,9 +198,12 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def scan_finite(checkpoint: Checkpoint) -> None:
     """Check every tensor of a checkpoint for NaN and infinity, one at a time.
 
+    Files are closed on the way, because the pages of an open map count as this process's memory.
+
     Raises:
         InputError: naming the first damaged tensor, its file and the count.
     """
+    touched = 0
     for name in checkpoint.names:
         tensor = checkpoint.tensor(name)
         bad = count_nonfinite(tensor)
@@ -206,3 +212,8 @@ def scan_finite(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {name} holds {bad} NaN or infinite values of "
                 f"{tensor.numel()}; the weights are damaged, get the model again"
             )
+        touched += tensor.nbytes
+        if touched > _TOUCHED:
+            touched = 0
+            del tensor
+            checkpoint.close()

@@ -72,7 +72,7 @@ def download(name: str, *, revision: str | None = None, allow_pickle: bool = Fal
         if not allow_pickle:
             raise InputError(
                 f"{at}: only pickled weights on the hub, which can run code when read; "
-                "pass a safetensors model, or allow pickle if you trust it"
+                "pass a safetensors model, or give quantize --allow-pickle if you trust it"
             )
         patterns.append("pytorch_model*.bin")
     try:

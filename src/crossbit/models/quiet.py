@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers and tqdm inside the block, and put everything back after it.
+    """Silence transformers and every tqdm inside the block, and put everything back after it.
 
     Some of its progress bars ignore its own switch, hence the redirection of stderr; exceptions
     pass through as they are.

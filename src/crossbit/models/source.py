@@ -111,6 +111,10 @@ def _folder(
     if ggufs and not (path / "config.json").is_file():
         raise InputError(f"{path}: a folder of GGUF files; pass one of them, e.g. {ggufs[0]}")
     config = read_config(path)
+    if config["model_type"] == "crossbit":
+        raise InputError(
+            f"{path}: already quantized (a research result of crossbit); pass the original model"
+        )
     check_tokenizer_present(path)
     note: str | None = None
     pickles = pickle_files(path)
@@ -118,7 +122,7 @@ def _folder(
         if not allow_pickle:
             raise InputError(
                 f"{path}: only pickled weights ({pickles[0].name}), which can run code when read; "
-                "get the model as safetensors, or allow pickle if you trust it"
+                "get the model as safetensors, or give quantize --allow-pickle if you trust it"
             )
         check_pickle_shards(path, pickles)
         source_bytes = total_bytes(path, pickles)
@@ -130,8 +134,8 @@ def _folder(
         if not dequantize:
             method = config["quantization_config"].get("quant_method", "unknown method")
             raise InputError(
-                f"{path}: already quantized ({method}); pass the original model, or --dequantize "
-                "to make it dense first"
+                f"{path}: already quantized ({method}); pass the original model, or give quantize "
+                "--dequantize to make it dense first"
             )
         path, note = dequantize_folder(path, config, dtype)
     return ModelFolder(path, name, origin, source_bytes, _fingerprint(path), note)

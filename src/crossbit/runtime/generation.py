@@ -28,6 +28,8 @@ def generate_text(
     device: str,
 ) -> str:
     """Continue ``prompt`` by at most ``tokens`` tokens; see ``crossbit.generate``."""
+    if tokens < 1:
+        raise InputError(f"--tokens {tokens}: give at least 1")
     tokenizer = open_tokenizer(folder)
     if chat:
         if not tokenizer.chat_template:
@@ -35,10 +37,19 @@ def generate_text(
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-    bos = needs_bos(folder_config(folder)) and not chat
+    config = folder_config(folder)
+    bos = needs_bos(config) and not chat
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if bos:
         ids = torch.cat((torch.tensor([[tokenizer.bos_token_id]]), ids), dim=1)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None:
+        if ids.shape[1] >= limit:
+            raise InputError(
+                f"the prompt has {ids.shape[1]} tokens and the model {limit} positions; "
+                "give a shorter prompt"
+            )
+        tokens = min(tokens, limit - ids.shape[1])
     model: Any
     if is_research(read_config(folder)):
         model = load_model(folder, dtype=dtype, device=device)
@@ -53,12 +64,13 @@ def generate_text(
         torch.manual_seed(seed)
         sampling = {"do_sample": True}
     pad = tokenizer.pad_token_id
-    out = model.generate(
-        ids.to(device),
-        attention_mask=torch.ones_like(ids).to(device),
-        max_new_tokens=tokens,
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
-        **sampling,
-    )
+    with quiet_transformers():  # compressed-tensors decompresses at the first forward pass
+        out = model.generate(
+            ids.to(device),
+            attention_mask=torch.ones_like(ids).to(device),
+            max_new_tokens=tokens,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            **sampling,
+        )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text

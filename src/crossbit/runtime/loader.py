@@ -18,7 +18,7 @@ from crossbit.export.reader import QuantizedCheckpoint, is_quantized
 from crossbit.export.research import is_research, model_config
 from crossbit.grid import QTensor
 from crossbit.models.checkpoint import Checkpoint
-from crossbit.models.experts import TensorSource, checkpoint_name
+from crossbit.models.experts import checkpoint_name
 from crossbit.models.opening import open_config
 from crossbit.models.shell import Shell
 from crossbit.models.validate import read_config
@@ -38,7 +38,7 @@ class BlockSource:
     def __init__(
         self,
         shell: Shell,
-        checkpoint: TensorSource,
+        checkpoint: Checkpoint | QuantizedCheckpoint,
         dtype: torch.dtype,
         *,
         quantized: QuantizedCheckpoint | None = None,
@@ -51,11 +51,14 @@ class BlockSource:
         self.quantized = quantized
         self.execution = execution
         self.divisor = divisor
+        stored = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoint.stored
+        self.files: Checkpoint = stored
         shell.load_outside(checkpoint, dtype)
 
     def load(self, index: int) -> nn.Module:
         """Materialise block ``index``, with quantized layers installed."""
         block = self.shell.load_block(index, self.checkpoint, self.dtype)
+        self.files.close()  # or the pages of all blocks would stay mapped
         if self.quantized is not None:
             structure = self.shell.structure.blocks[index]
             layers = {}

@@ -1,0 +1,37 @@
+"""Results on disk: one JSON a measurement, so that a stopped benchmark goes on where it was."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def once(name: str, command: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The stored result of that name, or what ``measure`` returns, stored with its conditions."""
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        stored: dict[str, Any] = json.loads(path.read_text("utf8"))
+        return stored
+    print(f"measuring {name}", flush=True)
+    result = {
+        **measure(),
+        "conditions": {
+            "command": command,
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+        },
+    }
+    RESULTS.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", "utf8")
+    temporary.replace(path)
+    return result

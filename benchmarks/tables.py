@@ -1,0 +1,209 @@
+"""Write RESULTS.md, and the results part of README.md, from benchmarks/results/*.json.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from crossbit.evaluation.statistics import paired_loss, perplexity
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """Every result by name."""
+    files = sorted((HERE / "results").glob("*.json"))
+    return {path.stem: json.loads(path.read_text("utf8")) for path in files}
+
+
+def quality(results: dict[str, dict[str, Any]], model: str, title: str) -> list[str]:
+    """Perplexity, paired loss, size and cost of every recipe measured on a model."""
+    originals = {k: v for k, v in results.items() if k.startswith(f"{model}-original-")}
+    if not originals:
+        return []
+    lines = [
+        f"### {title}",
+        "",
+        "| recipe | windows | perplexity | loss | +- | bytes a parameter | verified | quantize s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(originals, key=lambda k: int(k.rsplit("-", 1)[1])):
+        losses = originals[name]["losses"]
+        lines.append(f"| original | {len(losses)} | {perplexity(losses).value:.3f} | | | | | |")
+    rows = []
+    for name, result in results.items():
+        if not name.startswith(f"{model}-") or "size" not in result:
+            continue
+        losses = result["losses"]
+        original = originals[f"{model}-original-{len(losses)}"]["losses"]
+        paired = paired_loss(losses, original)
+        verified = {True: "yes", None: "fake-quant", False: "NO"}[result["verified"]]
+        rows.append(
+            (
+                len(losses),
+                paired.value,
+                f"| {name.removeprefix(model + '-')} | {len(losses)} | "
+                f"{perplexity(losses).value:.3f} | {100 * paired.value:+.3f} % | "
+                f"{100 * paired.stderr:.3f} | {result['size']['bytes_per_parameter']:.3f} | "
+                f"{verified} | {result['seconds']['stages']['quantize']:.0f} |",
+            )
+        )
+    lines += [text for *_, text in sorted(rows)]
+    return [*lines, ""]
+
+
+def differences(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Paired differences that the W8A8 claim rests on."""
+    best = results.get("demo-crossquant-w8a8")
+    if best is None:
+        return []
+    lines = ["### CrossQuant W8A8 against the others, paired over windows", ""]
+    lines += ["| against | difference of loss | +- | standard errors |", "|---|---|---|---|"]
+    for name, other in results.items():
+        same = len(other.get("losses", [])) == len(best["losses"])
+        if not same or "size" not in other or name == "demo-crossquant-w8a8":
+            continue
+        paired = paired_loss(best["losses"], other["losses"])
+        lines.append(
+            f"| {name.removeprefix('demo-')} | {100 * paired.value:+.3f} % | "
+            f"{100 * paired.stderr:.3f} | {paired.value / paired.stderr:+.1f} |"
+        )
+    return [*lines, ""]
+
+
+def peer(results: dict[str, dict[str, Any]]) -> list[str]:
+    """GPTQ against llm-compressor."""
+    cost, found = results.get("gptq-peer-cost"), results.get("gptq-peer-quality")
+    if cost is None or found is None:
+        return []
+    ours, theirs = cost["ours"], cost["peer"]
+    own = theirs["own"]["seconds"]
+    base = found["original"]["losses"]
+    lines = [
+        "### GPTQ W4A16 g64 against llm-compressor, 64 x 1024 tokens, both on an idle machine",
+        "",
+        "| | perplexity (20 windows) | loss | quantize s | whole command s | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    shown = {
+        "ours": (
+            ours["seconds"]["stages"]["quantize"],
+            ours["process"]["wall_seconds"],
+            ours["memory"]["stages"]["quantize"] / 1e6,
+        ),
+        "peer": (
+            own["quantize"] + own["save"],
+            theirs["process"]["wall_seconds"],
+            theirs["process"]["peak_rss_bytes"] / 1e6,
+        ),
+    }
+    for name, (quantize, whole, memory) in shown.items():
+        losses = found[name]["losses"]
+        paired = paired_loss(losses, base)
+        lines.append(
+            f"| {name} | {perplexity(losses).value:.3f} | {100 * paired.value:+.2f} % | "
+            f"{quantize:.0f} | {whole:.0f} | {memory:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def cost(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Fake-quant cost."""
+    found = results.get("fake-quant-cost")
+    if found is None:
+        return []
+    lines = ["### Time of a W8A8 evaluation against the bare bf16 forward", ""]
+    lines += ["| execution | bf16 s | W8A8 s | ratio |", "|---|---|---|---|"]
+    for execution in ("integer", "fake"):
+        row = found[execution]
+        lines.append(
+            f"| {execution} | {row['bare_seconds']:.2f} | {row['quantized_seconds']:.2f} | "
+            f"{row['ratio']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def findings(results: dict[str, dict[str, Any]], model: str, title: str) -> list[str]:
+    """Modes and the removal curve of one analysis."""
+    found = results.get(f"{model}-findings")
+    if found is None:
+        return []
+    lines = [f"### {title}: activation modes (fake-quant, weights INT8) and kernels", ""]
+    lines += [
+        "| mode | bits | alpha | kernel | perplexity | loss | +- |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mode in found.get("modes", []):
+        cells = [
+            mode.get("mode"),
+            mode.get("bits"),
+            mode.get("alpha"),
+            _percent(mode.get("kernel")),
+            _figure(mode.get("perplexity")),
+            _percent(mode.get("loss")),
+            _percent(mode.get("loss_stderr")),
+        ]
+        lines.append("| " + " | ".join("" if c is None else str(c) for c in cells) + " |")
+    removal = found.get("remove_kernel", {})
+    lines += ["", f"Remove-kernel curve (threshold {_percent(removal.get('threshold'))}):", ""]
+    lines += ["| removed | perplexity |", "|---|---|"]
+    for point in removal.get("points", []):
+        lines.append(
+            f"| {_percent(point.get('achieved', point.get('proportion')))} | "
+            f"{_figure(point.get('perplexity'))} |"
+        )
+    return [*lines, ""]
+
+
+def _percent(value: Any) -> str | None:
+    return f"{100 * value:.2f} %" if isinstance(value, int | float) else None
+
+
+def _figure(value: Any) -> str | None:
+    return f"{value:.3f}" if isinstance(value, int | float) else None
+
+
+def main() -> None:
+    results = stored()
+    smol = "SmolLM2-135M-Instruct (dequantized from GGUF Q4_1), WikiText-2 raw test, 2048 tokens"
+    gemma = "Gemma-3-270M (dequantized from GGUF Q4_K_M), WikiText-2 raw test, 2048 tokens"
+    text = [
+        "Windows of 2048 tokens from the start of the test split; calibration on the embedded",
+        "Wikipedia text (64 x 1024 tokens) unless the row says otherwise; bf16 computation; every",
+        "row is the exported integers, reloaded and verified, unless it says fake-quant. The loss",
+        "is perplexity / original - 1, paired over windows, with its standard error.",
+        "",
+        *quality(results, "demo", smol),
+        *differences(results),
+        *quality(results, "demo-gemma", gemma),
+        *peer(results),
+        *cost(results),
+    ]
+    more = [
+        *findings(results, "demo", "SmolLM2-135M-Instruct"),
+        *findings(results, "demo-gemma", "Gemma-3-270M"),
+    ]
+    dates = {r["conditions"]["date"] for r in results.values()}
+    head = [
+        "# Results",
+        "",
+        f"Measured {', '.join(sorted(dates))}; commands in `results/*.json`.",
+        "",
+    ]
+    (HERE / "RESULTS.md").write_text("\n".join([*head, *text, *more]).rstrip() + "\n", "utf8")
+    readme = HERE.parent / "README.md"
+    page = readme.read_text("utf8")
+    if BEGIN in page and END in page:
+        before, rest = page.split(BEGIN)
+        after = rest.split(END)[1]
+        body = "\n".join(text).rstrip()
+        readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", "utf8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,545 @@
+"""What a run leaves behind, and what happens when it is killed, repeated, refused or fails."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import BLOCKS, tiny_folder
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import crossbit
+from crossbit.cli import app
+from crossbit.corpora import Corpus
+from crossbit.corpora.embedded import embedded_corpus
+from crossbit.engine.workdir import WorkDir, part_name
+from crossbit.errors import InputError, WorkError
+from crossbit.finish import verify as real_verify
+from crossbit.verification import VerifyReport
+
+ROOT = Path(__file__).parents[2]
+EVALUATION = ("evaluation.windows=2", "evaluation.length=32")
+RECIPE = "crossquant-w8a8"
+
+
+@functools.cache
+def short_corpus(split: Any) -> Corpus:
+    """The beginning of the embedded text: byte tokenisation of all of it takes seconds."""
+    whole = embedded_corpus(split)
+    return Corpus.of(whole.name, [whole.text[:20_000]], source="test", licence="test")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("crossbit.corpora.load.embedded_corpus", short_corpus)
+    monkeypatch.setattr("crossbit.finish.write_report", lambda result, folder: folder)
+    yield
+    monkeypatch.undo()
+
+
+def write_text(path: Path, seed: int) -> Path:
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklm", k=rng.randint(2, 8))) for _ in range(60)]
+    path.write_text(" ".join(rng.choice(words) for _ in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "calibration.txt", 1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    """The result of an uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crossbit.corpora.load.embedded_corpus", short_corpus)
+        out = tmp_path_factory.mktemp("finished") / "out"
+        run(llama, text, out)
+    return out
+
+
+def run(model: Path, text: Path, out: Path, recipe: Any = RECIPE, **options: Any) -> dict[str, Any]:
+    options = {"settings": EVALUATION, "samples": 4, "length": 32} | options
+    return crossbit.quantize(str(model), recipe, out=out, calibration=str(text), **options)
+
+
+def custom(**data: Any) -> crossbit.Recipe:
+    base: dict[str, Any] = {"weights": {"bits": 4, "group": 16}}
+    return crossbit.Recipe.parse({**base, **data}, "custom")
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def leftovers(out: Path) -> list[str]:
+    return sorted(p.name for p in out.parent.iterdir() if p.name != out.name)
+
+
+# -- the same bytes, whatever happens -------------------------------------------------------------
+
+
+def test_a_second_run_gives_the_same_bytes(
+    llama: Path, text: Path, finished: Path, tmp_path: Path
+) -> None:
+    run(llama, text, tmp_path / "out")
+    assert_same_bytes(tmp_path / "out", finished)
+    assert leftovers(tmp_path / "out") == []
+
+
+# A parent that has imported everything and used no thread forks one child a moment of death. The
+# child counts renames: every file of the work folder comes to be by one, so "before" is a file
+# whose temporary is written in part, and "after" the boundary of a step.
+KILLER = """
+import json, os, signal, sys
+import crossbit.finish, crossbit.pipeline
+from pathlib import Path
+
+jobs = json.loads(sys.argv[1])
+rename = os.replace
+
+def deadly(name, when):
+    def replace(source, target):
+        hit = Path(target).name == name
+        if hit and when == "before":
+            os.truncate(source, os.path.getsize(source) // 2)
+        if not (hit and when == "before"):
+            rename(source, target)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return replace
+
+for name, when, options in jobs:
+    child = os.fork()
+    if child == 0:
+        os.replace = deadly(name, when)
+        options["settings"] = tuple(options["settings"])
+        crossbit.pipeline.quantize(**options)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, when, status)
+"""
+MOMENTS = {
+    "first file": ("manifest.json", "before"),
+    "embedding written": ("outside.safetensors", "after"),
+    "activations of block 0": ("stream-00000.safetensors", "before"),
+    "record without its block": ("block-00000.json", "after"),
+    "mid-write of a block": ("block-00001.safetensors", "before"),
+    "stream without its block": ("stream-00002.safetensors", "after"),
+    "block boundary": ("block-00001.safetensors", "after"),
+    "last block": ("block-00002.safetensors", "after"),
+    "config of the staged folder": ("config.json", "before"),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> dict[str, Path]:
+    """Output folders whose runs were killed at each of MOMENTS."""
+    folder = tmp_path_factory.mktemp("killed")
+    outs = {moment: folder / f"out{i}" for i, moment in enumerate(MOMENTS)}
+    jobs = [
+        (
+            *MOMENTS[moment],
+            {
+                "model": str(llama),
+                "recipe": RECIPE,
+                "out": str(out),
+                "calibration": str(text),
+                "samples": 4,
+                "length": 32,
+                "settings": EVALUATION,
+            },
+        )
+        for moment, out in outs.items()
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(jobs)],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=120,
+    )
+    return outs
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    moment: str, killed: dict[str, Path], llama: Path, text: Path, finished: Path
+) -> None:
+    out = killed[moment]
+    assert not out.exists()
+    result = run(llama, text, out, resume=True)
+    assert result["verify"]["passed"] is True
+    assert_same_bytes(out, finished)
+    assert not out.with_name(out.name + ".crossbit-work").exists()
+
+
+def die(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted(
+    model: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """A run stopped just before it writes a part."""
+    save = WorkDir.save_part
+
+    def stop(self: WorkDir, name: str, *args: Any) -> None:
+        die() if name == part else save(self, name, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkDir, "save_part", stop)
+        run(model, text, out)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_finished_blocks_are_not_done_again(
+    block: int,
+    llama: Path,
+    text: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when the run died after it wrote a block's output and before it wrote the block."""
+    out = tmp_path / "out"
+    interrupted(llama, text, out, monkeypatch, part_name(block))
+    written: list[str] = []
+    save = WorkDir.save_part
+    monkeypatch.setattr(
+        WorkDir, "save_part", lambda self, name, *a: (written.append(name), save(self, name, *a))[1]
+    )
+    run(llama, text, out, resume=True)
+    assert written == [part_name(i) for i in range(block, BLOCKS)]
+    assert_same_bytes(out, finished)
+
+
+def test_resume_of_other_work_is_refused(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(llama, text, out, monkeypatch, part_name(1))
+    before = sorted(p.name for p in (tmp_path / "out.crossbit-work").iterdir())
+    other_model = tiny_folder(tmp_path / "model", "llama", seed=1)
+    other_text = write_text(tmp_path / "other.txt", 2)
+    changes: dict[str, Any] = {
+        "another recipe": lambda: run(llama, text, out, "gptq-w8a8", resume=True),
+        "another calibration text": lambda: run(llama, other_text, out, resume=True),
+        "another model": lambda: run(other_model, text, out, resume=True),
+        "another dtype": lambda: run(llama, text, out, resume=True, dtype=torch.bfloat16),
+    }
+    for difference, change in changes.items():
+        with pytest.raises(InputError, match=difference):
+            change()
+    assert sorted(p.name for p in (tmp_path / "out.crossbit-work").iterdir()) == before
+    assert not out.exists()
+
+
+def test_resume_of_finished_work_returns_at_once(
+    llama: Path, text: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crossbit.pipeline.run_blocks", die)
+    before = (finished / "crossbit.json").read_bytes()
+    assert run(llama, text, finished, resume=True) == json.loads(before)
+    sets = [part for setting in EVALUATION for part in ("--set", setting)]
+    arguments = ["quantize", str(llama), "--recipe", RECIPE, "--out", str(finished), "--resume"]
+    arguments += ["--calibration", str(text), "--samples", "4", "--length", "32", *sets]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert (finished / "crossbit.json").read_bytes() == before
+    with pytest.raises(InputError, match="other work"):
+        run(llama, text, finished, "gptq-w8a8", resume=True)
+
+
+def test_resume_without_anything_starts_afresh(
+    llama: Path, text: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    run(llama, text, out, resume=True)
+    assert_same_bytes(out, finished)
+
+
+# -- the output folder ----------------------------------------------------------------------------
+
+
+def test_what_is_there_stays_unless_overwritten(
+    llama: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("crossbit.pipeline.resolve_model", die)  # refused before any work
+        with pytest.raises(InputError, match="not empty.*--overwrite"):
+            run(llama, text, out)
+        with pytest.raises(InputError, match="not a folder"):
+            run(llama, text, out / "mine.txt")
+        with pytest.raises(InputError, match="cannot be written"):
+            run(llama, text, out / "mine.txt" / "out")
+        with pytest.raises(InputError, match="cannot be written"):
+            run(llama, text, tmp_path / "new", work=Path("/proc/none/work"))
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    run(llama, text, out, overwrite=True)
+    assert not (out / "mine.txt").exists()
+    assert_same_bytes(out, finished)
+    assert leftovers(out) == []
+
+
+def test_a_failed_overwrite_leaves_the_old_result(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    monkeypatch.setattr("crossbit.pipeline.run_blocks", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, text, out, overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_another_file_system_for_work(
+    llama: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename that cannot be done is a copy; one that fails leaves the old result in place."""
+    out, work = tmp_path / "result" / "out", tmp_path / "work" / "here"
+    rename = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if str(work) in str(source) and str(out.parent) in str(target):
+            raise OSError(18, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    run(llama, text, out, work=work)
+    assert_same_bytes(out, finished)
+    assert leftovers(out) == []
+    assert not work.exists()
+
+    def full(source: Any, target: Any, **_: Any) -> None:
+        Path(target).mkdir()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(WorkError, match="No space left"):
+        patch.setattr("crossbit.output.shutil.copytree", full)
+        run(llama, text, out, work=work, overwrite=True)
+    assert_same_bytes(out, finished)
+    assert leftovers(out) == []
+
+
+def test_a_folder_of_someone_else_is_no_work_folder(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "photos"
+    theirs.mkdir()
+    (theirs / "photo.jpg").write_text("precious")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match="photos.*--work"):
+            run(llama, text, tmp_path / "out", work=theirs, **options)
+    assert [p.name for p in theirs.iterdir()] == ["photo.jpg"]
+
+
+# -- verification ---------------------------------------------------------------------------------
+
+
+def test_a_failed_verification_publishes_nothing(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One flipped bit in the staged weights is found, and the folder does not get its name."""
+    staged: list[Path] = []
+
+    def damaged(folder: Path, *, device: str) -> VerifyReport:
+        staged.append(folder)
+        path = folder / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        return real_verify(folder, device=device)
+
+    monkeypatch.setattr("crossbit.finish.verify", damaged)
+    out = tmp_path / "out"
+    with pytest.raises(WorkError, match="verification failed: tensors") as caught:
+        run(llama, text, out)
+    assert "\n" not in str(caught.value)
+    assert str(staged[0]) in str(caught.value)
+    assert staged[0].is_dir()
+    assert not out.exists()
+
+
+# -- what recipes become --------------------------------------------------------------------------
+
+
+def groups_of(folder: Path) -> list[dict[str, Any]]:
+    config = json.loads((folder / "config.json").read_text())
+    return list(config["quantization_config"]["config_groups"].values())
+
+
+def test_overrides_become_config_groups(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = custom(
+        overrides=[
+            {"match": "down_proj", "weights": {"bits": 8, "group": "channel"}},
+            {"match": "model.layers.1.self_attn.*", "weights": {"bits": 3, "group": 32}},
+        ],
+        ignore=["model.layers.0", "v_proj"],
+        solver={"kind": "gptq"},
+    )
+    result = run(llama, text, tmp_path / "out", recipe)
+    assert result["verify"]["passed"] is True
+    ignored = 7 + (BLOCKS - 1)
+    assert len(result["counts"]["ignored"]) == ignored
+    assert result["counts"]["quantized"] == 7 * BLOCKS - ignored
+    assert result["counts"]["linear_layers"] == 7 * BLOCKS
+    found = {(g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups_of(tmp_path / "out")}
+    assert found == {(4, 16), (8, None), (3, 32)}
+    bits = {row["name"].removeprefix("model.layers."): row["bits"] for row in result["layers"]}
+    assert bits["1.self_attn.q_proj"] == 3
+    assert bits["2.self_attn.q_proj"] == 4
+    assert bits["1.mlp.down_proj"] == 8
+    assert not any(name.startswith("0.") or name.endswith("v_proj") for name in bits)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    source = load_file(llama / "model.safetensors")
+    for name in result["counts"]["ignored"]:
+        assert torch.equal(stored[f"{name}.weight"], source[f"{name}.weight"])
+    for name in bits:
+        assert f"model.layers.{name}.weight" not in stored
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_can_stay_as_they_are(
+    tied: bool, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    model = tiny_folder(tmp_path / "tied", "llama", True) if tied else llama
+    plain = run(model, text, tmp_path / "plain", custom(embedding=None, head=None))
+    small = run(model, text, tmp_path / "small", custom())
+    assert plain["verify"]["passed"] is True
+    assert small["verify"]["passed"] is True
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    source = load_file(model / "model.safetensors")
+    names = ["model.embed_tokens.weight"] + [] * tied + ["lm_head.weight"] * (not tied)
+    for name in names:
+        assert torch.equal(stored[name], source[name])
+    dtypes = load_file(tmp_path / "small" / "model.safetensors")
+    assert dtypes["model.embed_tokens.weight"].dtype == torch.int8
+    assert len(groups_of(tmp_path / "plain")) == 1
+    assert plain["size"]["file_bytes"] > small["size"]["file_bytes"]
+    for result, name in ((plain, "plain"), (small, "small")):
+        size = (tmp_path / name / "model.safetensors").stat().st_size
+        parameters = sum(t.numel() for t in source.values())
+        assert result["size"]["file_bytes"] == size
+        assert result["size"]["bytes_per_parameter"] == pytest.approx(size / parameters)
+
+
+def test_static_activations(llama: Path, text: Path, tmp_path: Path) -> None:
+    result = run(llama, text, tmp_path / "out", "rtn-w8a8-static")
+    assert result["verify"]["passed"] is True
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    scales = {n: t for n, t in stored.items() if n.endswith("input_scale")}
+    assert len(scales) == 7 * BLOCKS
+    steps = [stored[f"model.layers.0.self_attn.{n}_proj.input_scale"] for n in "qkv"]
+    assert steps[0].shape == (1,)
+    assert steps[0] == steps[1] == steps[2]
+
+
+@pytest.mark.parametrize("kind", ["cross_dynamic", "cross_static", "cross_static_clip"])
+def test_research_folders_open_in_crossbit_only(
+    kind: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = custom(activations={"kind": kind, "alpha": 0.15}, weights={"bits": 8})
+    out = tmp_path / "out"
+    result = run(llama, text, out, recipe)
+    assert result["kind"] == "research"
+    with pytest.raises(ValueError, match="crossbit"):
+        AutoModelForCausalLM.from_pretrained(out)
+    evaluated = crossbit.evaluate(
+        str(out), text="embedded", length=32, windows=2, against=str(llama)
+    )
+    recorded = result["evaluation"]
+    assert evaluated["perplexity"]["value"] == pytest.approx(recorded["quantized"]["perplexity"])
+    assert evaluated["paired"]["loss"] == pytest.approx(recorded["paired"]["loss"])
+    assert recorded["path"] == "fake-quant"
+    report = real_verify(out)
+    assert report.passed
+    assert "refused" in {check.name for check in report.checks}
+
+
+def test_folding_nothing_is_per_token(llama: Path, text: Path, tmp_path: Path) -> None:
+    """CrossQuant at alpha = 1 is the per-token grid, bit for bit."""
+    solver = {"kind": "gptq"}
+    fold = {"kind": "cross_fold", "alpha": 1.0}
+    activations = {"kind": "cross_folded"}
+    run(llama, text, tmp_path / "a", custom(transforms=[fold], activations=activations, solver=solver))
+    run(llama, text, tmp_path / "b", custom(activations={"kind": "per_token"}, solver=solver))
+    run(
+        llama,
+        text,
+        tmp_path / "c",
+        custom(transforms=[{**fold, "alpha": 0.5}], activations=activations, solver=solver),
+    )
+    same = (tmp_path / "a" / "model.safetensors").read_bytes()
+    assert same == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert same != (tmp_path / "c" / "model.safetensors").read_bytes()
+
+
+def test_the_text_is_not_longer_than_the_model(llama: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="512 positions"):
+        run(llama, text, tmp_path / "out", length=513)
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_the_default_evaluation_text(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything real: the embedded texts whole, windows cut to the model's positions, a report."""
+    monkeypatch.undo()
+    out = tmp_path / "out"
+    settings = ("evaluation.windows=1", "weights.group=16")
+    result = crossbit.quantize(str(llama), "gptq-w4a16", out=out, samples=2, length=16, settings=settings)
+    assert result["evaluation"]["length"] == 512
+    assert result["calibration"]["tokens"] == 32
+    assert (out / "report.html").stat().st_size > 10_000
+    assert real_verify(out).passed
+
+
+def test_sigterm_ends_cleanly(llama: Path, text: Path, tmp_path: Path) -> None:
+    """One line that names the command to go on with, and no folder."""
+    code = (
+        "import os, signal, crossbit.pipeline, crossbit.cli, sys\n"
+        "def stop(*a): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "crossbit.pipeline.run_blocks = stop\n"
+        "crossbit.cli.main()\n"
+    )
+    arguments = ["quantize", str(llama), "--out", str(tmp_path / "out"), "--calibration", str(text)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--samples", "4", "--length", "32"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "--resume" in last
+    assert str(tmp_path / "out") in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
