@@ -122,10 +122,10 @@ def smoothquant(args: argparse.Namespace) -> None:
     scores = {}
     for strength in STRENGTHS:
         name = f"smoothquant-{strength}"
-        settings = (f"transforms.0.strength={strength}",)
+        settings = (f"transforms.0.strength={strength}", "calibration.samples=16")
 
         def measure(name: str = name, settings: tuple[str, ...] = settings) -> dict[str, Any]:
-            out = folder(args.work, "demo", name, "smoothquant-w8a8", settings)
+            out = folder(args.work, "demo", f"{name}-choice", "smoothquant-w8a8", settings)
             return losses(str(out), None, CHOICE_WINDOWS)
 
         found = once(f"demo-{name}-choice", "python benchmarks/quality.py --only w8a8", measure)

@@ -141,8 +141,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda r: (
             any(
-                not g.symmetric and (a is None or a.grid().research)
-                for g, a, _ in _combinations(r)
+                not g.symmetric and (a is None or a.grid().research) for g, a, _ in _combinations(r)
             )
             and not _one_packed_scheme(r)
         ),

@@ -170,7 +170,7 @@ def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
         for fold in record["folds"]:
             if fold["kind"] != "cross_fold" or "losses" not in fold:
                 continue
-            chosen[f"block {record['block']} {fold['group']}"] = fold["chosen"]
+            chosen[f"{record['block']}.{fold['group']}"] = fold["chosen"]
             best.append(min(fold["losses"].values()))
             for alpha, loss in fold["losses"].items():
                 losses.setdefault(alpha, []).append(loss)

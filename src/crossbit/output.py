@@ -87,6 +87,7 @@ class OutputFolder:
             WorkError: the move failed; the finished folder stays where it was staged.
         """
         aside = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
+        arriving = self.final.with_name(f".{self.final.name}.arriving-{os.getpid()}")
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
             if self.final.exists():
@@ -94,8 +95,11 @@ class OutputFolder:
             try:
                 os.replace(staged, self.final)
             except OSError:
-                shutil.copytree(staged, self.final)  # another file system (--work)
+                # Another file system (--work): the copy gets its name when it is whole.
+                shutil.copytree(staged, arriving)
+                os.replace(arriving, self.final)
         except OSError as error:
+            shutil.rmtree(arriving, ignore_errors=True)
             if aside.exists() and not self.final.exists():
                 os.replace(aside, self.final)
             raise WorkError(
@@ -113,7 +117,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no {RESULT_FILE}; not a folder that crossbit wrote") from None
     except (OSError, ValueError):
         raise InputError(f"{path}: damaged; quantize again with --overwrite") from None
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not isinstance(data.get("recipe"), dict):
         raise InputError(f"{path}: damaged; quantize again with --overwrite")
     return data
 

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
@@ -27,8 +26,8 @@ from crossbit.corpora import Corpus
 from crossbit.corpora.embedded import embedded_corpus
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import InputError, WorkError
-from crossbit.finish import verify as real_verify
 from crossbit.verification import VerifyReport
+from crossbit.verification import verify as real_verify
 
 ROOT = Path(__file__).parents[2]
 EVALUATION = ("evaluation.windows=2", "evaluation.length=32")
@@ -78,8 +77,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) 
 
 
 def run(model: Path, text: Path, out: Path, recipe: Any = RECIPE, **options: Any) -> dict[str, Any]:
-    options = {"settings": EVALUATION, "samples": 4, "length": 32} | options
-    return crossbit.quantize(str(model), recipe, out=out, calibration=str(text), **options)
+    chosen: dict[str, Any] = {"settings": EVALUATION, "samples": 4, "length": 32, **options}
+    return crossbit.quantize(str(model), recipe, out=out, calibration=str(text), **chosen)
 
 
 def custom(**data: Any) -> crossbit.Recipe:
@@ -112,10 +111,17 @@ def test_a_second_run_gives_the_same_bytes(
 # whose temporary is written in part, and "after" the boundary of a step.
 KILLER = """
 import json, os, signal, sys
+import torch
 import crossbit.finish, crossbit.pipeline
 from pathlib import Path
 
+from crossbit.models.opening import open_config, open_tokenizer
+from crossbit.models.shell import Shell
+
 jobs = json.loads(sys.argv[1])
+folder = Path(jobs[0][2]["model"])
+Shell(open_config(folder))  # imports what the children would import one by one
+open_tokenizer(folder)
 rename = os.replace
 
 def deadly(name, when):
@@ -133,6 +139,7 @@ for name, when, options in jobs:
     child = os.fork()
     if child == 0:
         os.replace = deadly(name, when)
+        torch.set_num_threads(1)
         options["settings"] = tuple(options["settings"])
         crossbit.pipeline.quantize(**options)
         os._exit(0)
@@ -208,9 +215,10 @@ def interrupted(
     def stop(self: WorkDir, name: str, *args: Any) -> None:
         die() if name == part else save(self, name, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(WorkDir, "save_part", stop)
-        run(model, text, out)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, text, out)
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
@@ -227,9 +235,12 @@ def test_finished_blocks_are_not_done_again(
     interrupted(llama, text, out, monkeypatch, part_name(block))
     written: list[str] = []
     save = WorkDir.save_part
-    monkeypatch.setattr(
-        WorkDir, "save_part", lambda self, name, *a: (written.append(name), save(self, name, *a))[1]
-    )
+
+    def watch(self: WorkDir, name: str, *args: Any) -> None:
+        written.append(name)
+        save(self, name, *args)
+
+    monkeypatch.setattr(WorkDir, "save_part", watch)
     run(llama, text, out, resume=True)
     assert written == [part_name(i) for i in range(block, BLOCKS)]
     assert_same_bytes(out, finished)
@@ -292,7 +303,7 @@ def test_what_is_there_stays_unless_overwritten(
     (out / "mine.txt").write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr("crossbit.pipeline.resolve_model", die)  # refused before any work
-        with pytest.raises(InputError, match="not empty.*--overwrite"):
+        with pytest.raises(InputError, match=r"not empty.*--overwrite"):
             run(llama, text, out)
         with pytest.raises(InputError, match="not a folder"):
             run(llama, text, out / "mine.txt")
@@ -341,9 +352,10 @@ def test_another_file_system_for_work(
         Path(target).mkdir()
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(WorkError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr("crossbit.output.shutil.copytree", full)
-        run(llama, text, out, work=work, overwrite=True)
+        with pytest.raises(WorkError, match="No space left"):
+            run(llama, text, out, work=work, overwrite=True)
     assert_same_bytes(out, finished)
     assert leftovers(out) == []
 
@@ -354,8 +366,9 @@ def test_a_folder_of_someone_else_is_no_work_folder(
     theirs = tmp_path / "photos"
     theirs.mkdir()
     (theirs / "photo.jpg").write_text("precious")
-    for options in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(InputError, match="photos.*--work"):
+    choices: tuple[dict[str, bool], ...] = ({}, {"resume": True}, {"overwrite": True})
+    for options in choices:
+        with pytest.raises(InputError, match=r"--work .*photos"):
             run(llama, text, tmp_path / "out", work=theirs, **options)
     assert [p.name for p in theirs.iterdir()] == ["photo.jpg"]
 
@@ -410,7 +423,9 @@ def test_overrides_become_config_groups(llama: Path, text: Path, tmp_path: Path)
     assert len(result["counts"]["ignored"]) == ignored
     assert result["counts"]["quantized"] == 7 * BLOCKS - ignored
     assert result["counts"]["linear_layers"] == 7 * BLOCKS
-    found = {(g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups_of(tmp_path / "out")}
+    found = {
+        (g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups_of(tmp_path / "out")
+    }
     assert found == {(4, 16), (8, None), (3, 32)}
     bits = {row["name"].removeprefix("model.layers."): row["bits"] for row in result["layers"]}
     assert bits["1.self_attn.q_proj"] == 3
@@ -488,7 +503,12 @@ def test_folding_nothing_is_per_token(llama: Path, text: Path, tmp_path: Path) -
     solver = {"kind": "gptq"}
     fold = {"kind": "cross_fold", "alpha": 1.0}
     activations = {"kind": "cross_folded"}
-    run(llama, text, tmp_path / "a", custom(transforms=[fold], activations=activations, solver=solver))
+    run(
+        llama,
+        text,
+        tmp_path / "a",
+        custom(transforms=[fold], activations=activations, solver=solver),
+    )
     run(llama, text, tmp_path / "b", custom(activations={"kind": "per_token"}, solver=solver))
     run(
         llama,
@@ -514,7 +534,9 @@ def test_the_default_evaluation_text(
     monkeypatch.undo()
     out = tmp_path / "out"
     settings = ("evaluation.windows=1", "weights.group=16")
-    result = crossbit.quantize(str(llama), "gptq-w4a16", out=out, samples=2, length=16, settings=settings)
+    result = crossbit.quantize(
+        str(llama), "gptq-w4a16", out=out, samples=2, length=16, settings=settings
+    )
     assert result["evaluation"]["length"] == 512
     assert result["calibration"]["tokens"] == 32
     assert (out / "report.html").stat().st_size > 10_000

@@ -19,7 +19,7 @@ from crossbit.corpora import Corpus
 from crossbit.corpora.embedded import embedded_corpus
 from crossbit.output import read_result
 
-CROSSBIT_TEXT_CHARACTERS = 20_000
+TEXT_CHARACTERS = 20_000
 G16, G32 = "weights.group=16", "weights.group=32"
 ASYMMETRIC = (
     "weights.symmetric=false",
@@ -58,15 +58,16 @@ CASES = [
     ),
     *(("llama", False, recipe) for recipe in EVERYTHING),
 ]
-# Loss of perplexity that W8A8 may cost these random models; 4 bits cost them 5 to 100 times more.
-W8A8_LOSS = 0.02
+# How much W8A8 may change the loss in nats, relative to it: random models with tied outliers have
+# losses of 100 nats. 0.66 % is the largest seen.
+W8A8_LOSS = 0.01
 
 
 @functools.cache
 def short_corpus(split: Any) -> Corpus:
     """The beginning of the embedded text: byte tokenisation of all of it takes seconds."""
     whole = embedded_corpus(split)
-    part = whole.text[:CROSSBIT_TEXT_CHARACTERS]
+    part = whole.text[:TEXT_CHARACTERS]
     return Corpus.of(whole.name, [part], source=whole.source, licence=whole.licence)
 
 
@@ -104,7 +105,7 @@ def linear_layers(family: str) -> int:
         return 6 * BLOCKS  # q k v out fc1 fc2
     if family in ("gpt_neox", "phi3"):
         return 4 * BLOCKS  # qkv and gate/up fused
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 0)
+    experts = int(getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0))
     dense = len(getattr(config, "mlp_only_layers", None) or [])
     if not experts:
         return 7 * BLOCKS
@@ -115,7 +116,8 @@ def linear_layers(family: str) -> int:
 def stored_layers(folder: Path) -> set[str]:
     """Modules with a scale in the files, embedding and head left out."""
     with safe_open(str(folder / "model.safetensors"), "pt") as file:
-        names = {n.removesuffix(".weight_scale") for n in file.keys() if n.endswith("weight_scale")}
+        stored = list(file.keys())
+    names = {n.removesuffix(".weight_scale") for n in stored if n.endswith("weight_scale")}
     return {n for n in names if ".layers." in n}
 
 
@@ -154,8 +156,7 @@ def test_family(
     evaluation = result["evaluation"]
     nats = math.log(evaluation["original"]["perplexity"])
     loss = math.log1p(evaluation["paired"]["loss"])
-    print("VAL", family, tied, recipe, nats, loss / nats)
-    if name.endswith("w8a8") and False:
+    if "w8a8" in name or name == "rtn-w8a16":
         assert abs(loss) < W8A8_LOSS * nats
     if "cross" in name:
         kinds = [f["kind"] for f in result["folds"] if "chosen" in f]

@@ -81,7 +81,11 @@ def command_lines() -> list[tuple[str, list[str]]]:
 COMMANDS = command_lines()
 
 
-@pytest.mark.parametrize(("place", "words"), COMMANDS, ids=lambda v: " ".join(v)[:60])
+def shown(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else " ".join(value)[:60]
+
+
+@pytest.mark.parametrize(("place", "words"), COMMANDS, ids=shown)
 def test_command_lines_parse(place: str, words: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     name, arguments = words[0], words[1:]
@@ -266,8 +270,11 @@ def test_named_files_exist(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_lines_are_not_endless(name: str) -> None:
     """Prose is wrapped, so that a change of a word is a change of a line."""
-    prose = re.sub(r"^(```.*?^```|\|.*)$", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
-    assert [line for line in prose.splitlines() if len(line) > 120] == []
+    written = r"<!-- results:begin -->.*<!-- results:end -->"  # by the benchmarks
+    prose = re.sub(rf"^```.*?^```$|{written}", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
+    lines = [line for line in prose.splitlines() if not line.startswith("|")]
+    assert len(lines) > 20
+    assert [line for line in lines if len(line) > 120] == []
 
 
 # -- Python ---------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("api",),
     ("cli",),
+    ("__main__",),
 )
 
 # One choice on an axis a file: besides the files named here, choices do not import each other.

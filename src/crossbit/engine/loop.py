@@ -269,6 +269,7 @@ def _row(plan: BlockPlan, name: str, solved: Solved) -> dict[str, Any]:
     return {
         "name": f"{plan.structure.name}.{name}",
         "role": layer.info.role,
+        "group": plan.structure.group_of(name).name,
         "weights": layer.weights.describe(),
         "bits": layer.weights.bits,
         "group_size": layer.weights.group_size,

@@ -106,7 +106,11 @@ class WorkDir:
     # -- activations --------------------------------------------------------------------------
 
     def save_stream(self, block: int, hidden: Tensor) -> None:
-        """Keep the activations that enter ``block``; the previous ones are dropped after."""
+        """Keep the activations that enter ``block``.
+
+        Those that enter the block before stay too, until the next call: a run that is killed
+        before it has written that block begins with it again. Older ones are dropped.
+        """
         temporary = self.path / f".{_stream(block)}.tmp"
         try:
             write_tensor(temporary, "hidden", hidden)
@@ -114,7 +118,7 @@ class WorkDir:
             temporary.unlink(missing_ok=True)
             raise self._unwritable(_stream(block), error) from None
         os.replace(temporary, self.path / _stream(block))
-        (self.path / _stream(block - 1)).unlink(missing_ok=True)
+        (self.path / _stream(block - 2)).unlink(missing_ok=True)
 
     def load_stream(self, block: int) -> Tensor | None:
         """Activations that enter ``block``, None if they were not kept.

@@ -20,7 +20,6 @@ from crossbit.models.structure import ModelStructure
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.solvers.rtn import rtn
 
-
 _ROWS = 4096
 
 
@@ -97,7 +96,7 @@ def _round_rows(weight: Tensor, grid: Grid) -> QTensor:
 
     The grid has one scale a row (the compatibility table allows no other), so rows are apart.
     """
-    parts = [rtn(part.float(), grid) for part in torch.split(weight, _ROWS)]
+    parts = [rtn(part.float(), grid, clip="mse") for part in torch.split(weight, _ROWS)]
     codes = torch.cat([part.codes for part in parts])
     return QTensor(codes, torch.cat([part.scale for part in parts]), None, grid)
 

@@ -35,7 +35,7 @@ _DTYPES: dict[str, torch.dtype] = {
 _CHUNK = 1 << 22
 
 # Bytes read through a memory map before it is closed.
-_TOUCHED = 1 << 28
+_TOUCHED = 1 << 26
 
 
 class Checkpoint:

@@ -13,7 +13,7 @@ from crossbit.export.research import is_research
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.quiet import quiet_transformers
-from crossbit.models.validate import read_config
+from crossbit.models.validate import read_config, weight_layout
 from crossbit.runtime.loader import folder_config, load_model
 
 
@@ -30,6 +30,7 @@ def generate_text(
     """Continue ``prompt`` by at most ``tokens`` tokens; see ``crossbit.generate``."""
     if tokens < 1:
         raise InputError(f"--tokens {tokens}: give at least 1")
+    weight_layout(folder)  # a damaged file is told here; transformers would trip over it
     tokenizer = open_tokenizer(folder)
     if chat:
         if not tokenizer.chat_template:

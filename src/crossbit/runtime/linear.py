@@ -60,6 +60,7 @@ def integer_path(qtensor: QTensor, activations: ActivationGrid | None) -> bool:
         and activations.kind == "per_token"
         and qtensor.grid.symmetric
         and qtensor.grid.strategy in ("channel", "tensor")
+        and qtensor.codes.shape[1] > 1  # torch._int_mm reads past a single column (torch 2.13)
     )
 
 

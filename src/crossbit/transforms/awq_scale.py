@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossbit.recipe import AwqScale
-from crossbit.transforms.search import FoldChoice, FoldProblem, normalised, search
+from crossbit.transforms.search import Candidate, FoldChoice, FoldProblem, normalised, search
 
 _FLOOR = 1e-4
 
@@ -25,4 +25,4 @@ def awq_factor(column_mean: Tensor, ratio: float) -> Tensor:
 def choose(problem: FoldProblem, config: AwqScale) -> FoldChoice:
     """The ratio with the least output error on the sample."""
     ratios = [i / config.points for i in range(config.points)]
-    return search(problem, {r: awq_factor(problem.column_mean, r) for r in ratios})
+    return search(problem, [Candidate(r, awq_factor(problem.column_mean, r)) for r in ratios])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossbit.recipe import CrossFold
-from crossbit.transforms.search import FoldChoice, FoldProblem, normalised, search
+from crossbit.transforms.search import Candidate, FoldChoice, FoldProblem, normalised, search
 
 
 def cross_factor(column_maximum: Tensor, alpha: float) -> Tensor:
@@ -41,15 +41,16 @@ def weight_balanced(factor: Tensor, problem: FoldProblem, alpha: float) -> Tenso
 def choose(problem: FoldProblem, config: CrossFold) -> FoldChoice:
     """The factor of one group: fixed alpha, or the alpha with the least output error.
 
-    With ``weight_term`` the search also tries each alpha with SmoothQuant's weight term; those
-    candidates are reported under 10 + alpha so that the two families stay apart.
+    With ``weight_term`` the search also tries each alpha with SmoothQuant's weight term.
     """
     c = problem.column_maximum
     if config.alpha != "search":
-        return search(problem, {config.alpha: cross_factor(c, config.alpha)})
-    candidates = {alpha: cross_factor(c, alpha) for alpha in config.alphas}
+        return search(problem, [Candidate(config.alpha, cross_factor(c, config.alpha))])
+    candidates = [Candidate(alpha, cross_factor(c, alpha)) for alpha in config.alphas]
     if config.weight_term:
-        for alpha in config.alphas:
-            if alpha < 1.0:
-                candidates[10 + alpha] = weight_balanced(cross_factor(c, alpha), problem, alpha)
+        candidates += [
+            Candidate(x.parameter, weight_balanced(x.factor, problem, x.parameter), weighted=True)
+            for x in candidates
+            if x.parameter < 1.0
+        ]
     return search(problem, candidates)

@@ -34,6 +34,8 @@ class FoldProblem:
         sample: held-out activations [S, K] float32.
         shared: index [K] of the factor that channel j must use (grouped heads share a value row),
             or None when every channel has its own.
+        rounding: size of the weights' rounding error relative to round-to-nearest's. A solver
+            that compensates errors (GPTQ) leaves less of it, so more may be migrated.
     """
 
     weights: Sequence[Tensor]
@@ -43,6 +45,7 @@ class FoldProblem:
     column_mean: Tensor
     sample: Tensor
     shared: Tensor | None = None
+    rounding: float = 1.0
 
     def tie(self, factor: Tensor) -> Tensor:
         """Make channels that share a source row agree: each takes the group's largest factor."""
@@ -57,11 +60,30 @@ class FoldProblem:
 
 @dataclass(frozen=True)
 class FoldChoice:
-    """A column factor and how it was found: ``losses`` maps each candidate to its error."""
+    """A column factor and how it was found.
+
+    ``parameter`` is the chosen alpha, strength or ratio, ``weighted`` whether the candidate had a
+    weight term, ``losses`` maps the label of each candidate to its error.
+    """
 
     factor: Tensor
-    parameter: float | None
-    losses: dict[float, float]
+    parameter: float
+    weighted: bool
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A column factor [K] to try."""
+
+    parameter: float
+    factor: Tensor
+    weighted: bool = False
+
+    @property
+    def label(self) -> str:
+        """How reports name it."""
+        return f"{self.parameter:g}" + (" with weights" if self.weighted else "")
 
 
 def round_trip(weight: Tensor, grid: Grid) -> Tensor:
@@ -80,25 +102,35 @@ def output_error(problem: FoldProblem, factor: Tensor, reference: Sequence[Tenso
     """
     x = problem.sample / factor
     if problem.activations is not None:
-        x = fake_quantize_activation(x, problem.activations)
+        columns = problem.column_maximum / factor
+        x = fake_quantize_activation(
+            x,
+            problem.activations,
+            static_scale=columns.amax() / problem.activations.effective_divisor,
+            columns=columns,
+        )
     error = power = 0.0
     for weight, grid, target in zip(problem.weights, problem.grids, reference, strict=True):
         scaled = weight * factor
         rounded = scaled if grid is None else round_trip(scaled, grid)
+        if problem.rounding != 1.0:
+            rounded = scaled + (rounded - scaled) * problem.rounding
         error += float((x @ rounded.t() - target).square().sum(dtype=torch.float64))
         power += float(target.square().sum(dtype=torch.float64))
     return error / max(power, 1e-30)
 
 
-def search(problem: FoldProblem, candidates: dict[float, Tensor]) -> FoldChoice:
+def search(problem: FoldProblem, candidates: Sequence[Candidate]) -> FoldChoice:
     """The candidate factor with the smallest output error; the earliest wins a tie."""
-    tied = {key: problem.tie(factor) for key, factor in candidates.items()}
+    tied = [problem.tie(candidate.factor) for candidate in candidates]
     # Candidates differ by far more than the products' rounding, the same for all of them.
     with fast_products(problem.sample.device):
         reference = [problem.sample @ w.t() for w in problem.weights]
-        losses = {key: output_error(problem, factor, reference) for key, factor in tied.items()}
-    best = min(losses, key=lambda key: losses[key])
-    return FoldChoice(tied[best], best, losses)
+        losses = [output_error(problem, factor, reference) for factor in tied]
+    best = losses.index(min(losses))
+    chosen = candidates[best]
+    labelled = {c.label: loss for c, loss in zip(candidates, losses, strict=True)}
+    return FoldChoice(tied[best], chosen.parameter, chosen.weighted, labelled)
 
 
 def normalised(factor: Tensor) -> Tensor:

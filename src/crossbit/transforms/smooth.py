@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crossbit.recipe import Smooth
-from crossbit.transforms.search import FoldChoice, FoldProblem, search
+from crossbit.transforms.search import Candidate, FoldChoice, FoldProblem, search
 
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FLOOR = 1e-5
@@ -24,5 +24,6 @@ def choose(problem: FoldProblem, config: Smooth) -> FoldChoice:
     largest = torch.stack([w.abs().amax(0) for w in problem.weights]).amax(0)
     strengths = STRENGTHS if config.strength == "search" else (config.strength,)
     return search(
-        problem, {s: smooth_factor(problem.column_maximum, largest, s) for s in strengths}
+        problem,
+        [Candidate(s, smooth_factor(problem.column_maximum, largest, s)) for s in strengths],
     )
