@@ -22,10 +22,14 @@ from crossbit.evaluation.statistics import paired_loss, perplexity
 W8A8_WINDOWS, WINDOWS, GEMMA_WINDOWS, CHOICE_WINDOWS = 40, 20, 8, 4
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8)
 
+FLOAT_HEAD = ("embedding=null", "head=null")
+
 SETS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "w8a8": [
         ("rtn-w8a8", "rtn-w8a8", ()),
         ("crossquant-w8a8", "crossquant-w8a8", ()),
+        ("crossquant-w8a8-float-head", "crossquant-w8a8", FLOAT_HEAD),
+        ("rtn-w8a8-float-head", "rtn-w8a8", FLOAT_HEAD),
         ("crossquant-w8a8-pydoc", "crossquant-w8a8", ("calibration.text=pydoc",)),
     ],
     "w4": [
@@ -132,8 +136,8 @@ def smoothquant(args: argparse.Namespace) -> None:
         scores[strength] = perplexity(found["losses"]).value
     best = min(scores, key=lambda s: scores[s])
     print("strengths on the embedded text:", scores, "best", best)
-    settings = (f"transforms.0.strength={best}",)
-    row(args, "demo", f"smoothquant-{best}", "smoothquant-w8a8", settings, W8A8_WINDOWS)
+    chosen = (f"transforms.0.strength={best}",)
+    row(args, "demo", f"smoothquant-{best}", "smoothquant-w8a8", chosen, W8A8_WINDOWS)
 
 
 def main() -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 import json
 import math
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tests.pipelines import shorten, write_text
 from tests.tiny import BLOCKS, FAMILIES, tiny_config, tiny_folder
 
 import crossbit
-from crossbit.corpora import Corpus
-from crossbit.corpora.embedded import embedded_corpus
 from crossbit.output import read_result
 
-TEXT_CHARACTERS = 20_000
 G16, G32 = "weights.group=16", "weights.group=32"
 ASYMMETRIC = (
     "weights.symmetric=false",
@@ -63,30 +60,16 @@ CASES = [
 W8A8_LOSS = 0.01
 
 
-@functools.cache
-def short_corpus(split: Any) -> Corpus:
-    """The beginning of the embedded text: byte tokenisation of all of it takes seconds."""
-    whole = embedded_corpus(split)
-    part = whole.text[:TEXT_CHARACTERS]
-    return Corpus.of(whole.name, [part], source=whole.source, licence=whole.licence)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A shorter embedded text and no report, which has tests of its own."""
-    monkeypatch.setattr("crossbit.corpora.load.embedded_corpus", short_corpus)
-    monkeypatch.setattr("crossbit.finish.write_report", lambda result, folder: folder)
+    shorten(monkeypatch)
     yield
     monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(1)
-    words = ["".join(rng.choices("abcdefghijklm", k=rng.randint(2, 8))) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(200)))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "calibration.txt", 1)
 
 
 @pytest.fixture(scope="module")

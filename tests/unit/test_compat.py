@@ -178,28 +178,35 @@ CASES: list[Case] = [
             }
         ],
     ),
-    *(
-        (
-            9,
-            {"weights": {"symmetric": False, "group": 64}, **outside},
-            ("float32", "embedding: null", "symmetric weights"),
-            [
-                {"weights": {**FLOAT_SCALES, "group": 64}, "embedding": None, "head": None},
-                {"weights": {"symmetric": False, "group": 64}, "activations": A8},
-                {"weights": {"group": 64}},
-            ],
-        )
-        for outside in ({}, {"embedding": None, "head": None}, {"activations": DYNAMIC})
-    ),
-    *(
-        (9, {"weights": FLOAT_SCALES, **rest}, ("channel or a number", "no overrides"), [])
-        for rest in (
-            {"head": None},
-            {"embedding": None},
-            {"embedding": None, "head": None, "weights": {**FLOAT_SCALES, "group": "auto"}},
-            {"embedding": None, "head": None, "overrides": [{"match": "q_proj", "weights": {}}]},
-        )
-    ),
+]
+OTHERWISE: list[dict[str, Any]] = [
+    {"weights": {**FLOAT_SCALES, "group": 64}, "embedding": None, "head": None},
+    {"weights": {"symmetric": False, "group": 64}, "activations": A8},
+    {"weights": {"group": 64}},
+]
+OUTSIDES: list[dict[str, Any]] = [
+    {},
+    {"embedding": None, "head": None},
+    {"activations": DYNAMIC},
+]
+CASES += [
+    (
+        9,
+        {"weights": {"symmetric": False, "group": 64}, **outside},
+        ("float32", "embedding: null", "symmetric weights"),
+        OTHERWISE,
+    )
+    for outside in OUTSIDES
+]
+NOT_ONE_SCHEME: list[dict[str, Any]] = [
+    {"head": None},
+    {"embedding": None},
+    {"embedding": None, "head": None, "weights": {**FLOAT_SCALES, "group": "auto"}},
+    {"embedding": None, "head": None, "overrides": [{"match": "q_proj", "weights": {}}]},
+]
+CASES += [
+    (9, {"weights": FLOAT_SCALES, **rest}, ("channel or a number", "no overrides"), [])
+    for rest in NOT_ONE_SCHEME
 ]
 
 

@@ -42,12 +42,12 @@ class InputStatistics:
         self.percentile = percentile
         # The k-th largest value is the percentile; k = 1 is the maximum.
         self._keep = max(1, math.ceil((1 - percentile / 100) * tokens))
-        self._top = torch.zeros(1, columns)
-        self._top_ordinary = torch.zeros(1, columns)
+        self._top = torch.zeros(0, columns)
+        self._top_ordinary = torch.zeros(0, columns)
+        self._largest = torch.zeros(columns)
         self._abs_sum = torch.zeros(columns, dtype=torch.float64)
         self.tokens = 0
         self.massive_tokens = 0
-        self.absolute_maximum = 0.0
         self.hessian = HessianAccumulator(columns) if hessian else None
         self._sample: list[Tensor] = []
         self._factor = torch.ones(columns)
@@ -74,7 +74,7 @@ class InputStatistics:
             self._top_ordinary = self._merge(self._top_ordinary, magnitude)
         self._abs_sum += magnitude.sum(0, dtype=torch.float64)
         self.massive_tokens += int(massive.sum())
-        self.absolute_maximum = max(self.absolute_maximum, float(rows.max()))
+        self._largest = torch.maximum(self._largest, magnitude.amax(0))
 
     def add_hessian_only(self, x: Tensor) -> None:
         """Take held-out activations into the Hessian and nothing else."""
@@ -96,14 +96,21 @@ class InputStatistics:
         if magnitude.shape[0] == 0:
             return top
         if self._keep == 1:
-            return torch.maximum(top, magnitude.amax(0, keepdim=True))
+            return torch.cat((top, magnitude.amax(0, keepdim=True))).amax(0, keepdim=True)
         both = torch.cat((top, magnitude))
         return both.topk(min(self._keep, both.shape[0]), dim=0).values
 
     def column_maximum(self, *, skip_massive: bool = False) -> Tensor:
         """c_j float32 [K]: the percentile of |X_j|, optionally over ordinary tokens only."""
         top = self._top_ordinary if skip_massive else self._top
+        if top.shape[0] == 0:  # an expert that no token reached
+            return torch.zeros(self.columns)
         return top[-1].clone() if top.shape[0] >= self._keep else top[0].clone()
+
+    @property
+    def absolute_maximum(self) -> float:
+        """Largest |X_ij| over every token."""
+        return float(self._largest.max())
 
     def column_mean(self) -> Tensor:
         """mean |X_j| float32 [K]."""
@@ -121,6 +128,7 @@ class InputStatistics:
         f = factor.float()
         self._top = self._top / f
         self._top_ordinary = self._top_ordinary / f
+        self._largest = self._largest / f
         self._abs_sum = self._abs_sum / f.double()
         self._sample = [s / f for s in self._sample]
         self._factor = self._factor * f
