@@ -242,8 +242,9 @@ def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
         )
     if any(not g.symmetric for g in _grids(recipe)):
         notes.append(
-            "asymmetric weights are stored a byte each (int-quantized): current transformers "
-            "cannot load packed zero points"
+            "asymmetric weights: with quantized activations they are stored a byte each "
+            "(int-quantized); weight-only they are packed, and transformers loads packed zero "
+            "points only with CompressedTensorsConfig(dequantize=True)"
         )
     if recipe.embedding is not None and not recipe.research:
         notes.append(

@@ -244,13 +244,8 @@ class Recipe(_Strict):
 
 
 def matches(pattern: str, name: str) -> bool:
-    """True if ``pattern`` is the name, its last parts, or a glob over it."""
-    return (
-        name == pattern
-        or name.endswith("." + pattern)
-        or fnmatch.fnmatchcase(name, pattern)
-        or name.startswith(pattern + ".")
-    )
+    """True if ``pattern`` is the name, whole dotted parts of it, or a glob over it."""
+    return f".{pattern}." in f".{name}." or fnmatch.fnmatchcase(name, pattern)
 
 
 def preset_names() -> list[str]:

@@ -452,3 +452,12 @@ def test_kinds_choose_the_type() -> None:
 def test_nearest_suggests_only_what_is_near() -> None:
     assert nearest("bitss", ["bits", "group"]) == "; did you mean 'bits'?"
     assert nearest("qqqqq", ["bits", "group"]) == ""
+
+
+def test_a_block_is_named_by_its_path() -> None:
+    """Whole dotted parts match, digits do not run on."""
+    name = "model.layers.1.self_attn.q_proj"
+    assert matches("layers.1", name)
+    assert matches("self_attn", name)
+    assert not matches("layers.1", name.replace("layers.1", "layers.11"))
+    assert not matches("proj", name)

@@ -73,7 +73,7 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
         expert_widths = {i.in_features for i in block.linears.values() if is_expert(f".{i.name}")}
         for info in block.linears.values():
             full = f"{block.name}.{info.name}"
-            names.append((full, info.role, block.name))
+            names.append((full, info.role))
             if recipe.ignores(full, info.role):
                 ignored.append(full)
                 continue
