@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
 from crossbit.models.structure import NormSource, RowSource
-from crossbit.recipe import AwqScale, CrossFold, Gptq, Smooth
+from crossbit.recipe import AwqScale, CrossFold, Smooth
 from crossbit.transforms import awq_scale, cross_fold, smooth
 from crossbit.transforms.fold import fold
 from crossbit.transforms.search import FoldChoice, FoldProblem
 
 SAMPLE_ROWS = 2048
-# Output error left by GPTQ with refinement, relative to round-to-nearest, in amplitude.
-ROUNDING_OF_GPTQ = 0.5
 _CHOOSE: dict[type, Callable[[FoldProblem, Any], FoldChoice]] = {
     CrossFold: cross_fold.choose,
     Smooth: smooth.choose,
@@ -89,12 +87,7 @@ def _problem(block: nn.Module, plan: BlockPlan, state: GroupState, config: Any) 
         state.column_mean(),
         state.sample(SAMPLE_ROWS),
         _shared_index(group.source),
-        ROUNDING_OF_GPTQ if all(_compensated(plan, n) for n in group.consumers) else 1.0,
     )
-
-
-def _compensated(plan: BlockPlan, name: str) -> bool:
-    return name in plan.layers and isinstance(plan.layers[name].solver, Gptq)
 
 
 def _shared_index(source: NormSource | RowSource | None) -> Tensor | None:

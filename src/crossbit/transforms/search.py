@@ -34,8 +34,6 @@ class FoldProblem:
         sample: held-out activations [S, K] float32.
         shared: index [K] of the factor that channel j must use (grouped heads share a value row),
             or None when every channel has its own.
-        rounding: size of the weights' rounding error relative to round-to-nearest's. A solver
-            that compensates errors (GPTQ) leaves less of it, so more may be migrated.
     """
 
     weights: Sequence[Tensor]
@@ -45,7 +43,6 @@ class FoldProblem:
     column_mean: Tensor
     sample: Tensor
     shared: Tensor | None = None
-    rounding: float = 1.0
 
     def tie(self, factor: Tensor) -> Tensor:
         """Make channels that share a source row agree: each takes the group's largest factor."""
@@ -113,8 +110,6 @@ def output_error(problem: FoldProblem, factor: Tensor, reference: Sequence[Tenso
     for weight, grid, target in zip(problem.weights, problem.grids, reference, strict=True):
         scaled = weight * factor
         rounded = scaled if grid is None else round_trip(scaled, grid)
-        if problem.rounding != 1.0:
-            rounded = scaled + (rounded - scaled) * problem.rounding
         error += float((x @ rounded.t() - target).square().sum(dtype=torch.float64))
         power += float(target.square().sum(dtype=torch.float64))
     return error / max(power, 1e-30)
