@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from crossbit.evaluation.run import compare_losses, losses_of
 from crossbit.export.artifact import folder_config, stored_name
 from crossbit.export.research import wrap
 from crossbit.export.shards import ShardWriter
+from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.families import needs_bos
 from crossbit.models.gguf import SOURCE_FILE
 from crossbit.output import RESULT_FILE, OutputFolder
@@ -113,9 +115,9 @@ def _copy_companions(run: Run, staged: Path) -> None:
 
 def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
     records = [work.record(part_name(i)) for i in range(len(run.plan.blocks))]
-    layers = [{**row, "block": r["block"]} for r in records for row in r["layers"]]
-    for record in records:
-        _attach_alpha(record, layers)
+    layers = [row for record in records for row in _layer_rows(record)]
+    parameters = _parameters(run)
+    size = _size(run, staged, parameters)
     return {
         "crossbit": crossbit.__version__,
         "kind": "research" if run.recipe.research else "plain",
@@ -125,13 +127,13 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
             "origin": run.folder.origin,
             "note": run.folder.note,
             "source_bytes": run.folder.source_bytes,
-            "parameters": _parameters(run),
+            "parameters": parameters,
             "fingerprint": run.folder.fingerprint,
             "architecture": run.structure.family.model_type,
         },
         "recipe": run.recipe.model_dump(mode="json"),
         "calibration": run.calibration,
-        "size": _size(run, staged),
+        "size": size,
         "layers": layers,
         "blocks": [
             {
@@ -149,16 +151,18 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
             "ignored": run.plan.ignored,
             "linear_layers": run.structure.linear_count,
         },
-        "warnings": _warnings(run, staged, layers),
+        "warnings": _warnings(run, size, layers),
     }
 
 
-def _attach_alpha(record: dict[str, Any], layers: list[dict[str, Any]]) -> None:
-    """Give each layer of the block the alpha that its group's fold chose."""
+def _layer_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of a block, each with the alpha that its group's fold chose, if there was one."""
     groups = {f["group"]: f.get("chosen") for f in record["folds"] if f["kind"] == "cross_fold"}
-    for row in layers:
-        if row["block"] == record["block"] and row.get("group") in groups:
+    rows = [{**row, "block": record["block"]} for row in record["layers"]]
+    for row in rows:
+        if row["group"] in groups:
             row["alpha"] = groups[row["group"]]
+    return rows
 
 
 def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -181,22 +185,13 @@ def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _parameters(run: Run) -> int:
-    """Parameters of the model, a tied head counted once."""
-    from crossbit.models.checkpoint import Checkpoint
-
+    """Parameters that the model's files hold."""
     checkpoint = Checkpoint(run.folder.path)
-    total = 0
-    for name in checkpoint.names:
-        count = 1
-        for size in checkpoint.shape(name):
-            count *= size
-        total += count
-    return total
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
 
 
-def _size(run: Run, staged: Path) -> dict[str, Any]:
+def _size(run: Run, staged: Path, parameters: int) -> dict[str, Any]:
     weights = sum(p.stat().st_size for p in staged.glob("*.safetensors"))
-    parameters = _parameters(run)
     source = run.folder.source_bytes
     return {
         "file_bytes": weights,
@@ -210,9 +205,8 @@ def _size(run: Run, staged: Path) -> dict[str, Any]:
     }
 
 
-def _warnings(run: Run, staged: Path, layers: list[dict[str, Any]]) -> list[str]:
+def _warnings(run: Run, size: dict[str, Any], layers: list[dict[str, Any]]) -> list[str]:
     notes = list(run.notes)
-    size = _size(run, staged)
     if size["larger_than_source"]:
         notes.append(
             f"the result ({size['file_bytes']:,} bytes) is larger than its source "
@@ -248,11 +242,10 @@ def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | No
 
 def _verify(run: Run, staged: Path, digests: dict[str, str], result: dict[str, Any]) -> None:
     text = load_text(None, split="evaluation")
-    limit = getattr(run.config, "max_position_embeddings", None) or VERIFY_TOKENS
     ids = evaluation_windows(
         text,
         run.tokenizer,
-        length=min(VERIFY_TOKENS, int(limit)),
+        length=evaluation_length(run.config, VERIFY_TOKENS),
         windows=1,
         bos=needs_bos(run.config),
     )
