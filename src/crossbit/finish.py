@@ -157,7 +157,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
 
 def _layer_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The layers of a block, each with the alpha that its group's fold chose, if there was one."""
-    groups = {f["group"]: f.get("chosen") for f in record["folds"] if f["kind"] == "cross_fold"}
+    groups = {f["group"]: f.get("label") for f in record["folds"] if f["kind"] == "cross_fold"}
     rows = [{**row, "block": record["block"]} for row in record["layers"]]
     for row in rows:
         if row["group"] in groups:
@@ -167,14 +167,14 @@ def _layer_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the search chose, and the mean output error at every fixed alpha."""
-    chosen: dict[str, float] = {}
+    chosen: dict[str, str] = {}
     losses: dict[str, list[float]] = {}
     best: list[float] = []
     for record in records:
         for fold in record["folds"]:
             if fold["kind"] != "cross_fold" or "losses" not in fold:
                 continue
-            chosen[f"{record['block']}.{fold['group']}"] = fold["chosen"]
+            chosen[f"{record['block']}.{fold['group']}"] = fold["label"]
             best.append(min(fold["losses"].values()))
             for alpha, loss in fold["losses"].items():
                 losses.setdefault(alpha, []).append(loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import shutil
 import time
@@ -29,7 +30,7 @@ from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, read_result
-from crossbit.recipe import Recipe
+from crossbit.recipe import Calibration, Recipe
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.loader import own_dtype
@@ -42,12 +43,11 @@ class Prepared:
     folder: ModelFolder
     recipe: Recipe
     config: Any
-    tokenizer: Any
     checkpoint: Checkpoint
     shell: Shell
     plan: ModelPlan
     dtype: torch.dtype
-    corpus: Corpus | None
+    calibration: dict[str, Any] | None
     ids: Tensor | None
     notes: list[str]
 
@@ -148,13 +148,13 @@ def _work(
         folder=prepared.folder,
         recipe=prepared.recipe,
         config=prepared.config,
-        tokenizer=prepared.tokenizer,
+        tokenizer=open_tokenizer(prepared.folder.path),
         structure=prepared.shell.structure,
         plan=prepared.plan,
         dtype=prepared.dtype,
         device=device,
         manifest=manifest,
-        calibration=_calibration_record(prepared),
+        calibration=prepared.calibration,
         notes=prepared.notes,
         stages=stages,
         peak=peak,
@@ -210,7 +210,7 @@ def _prepare(
     check_model(recipe, shell.structure)
     width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
     plan = make_plan(shell.structure, recipe, int(width))
-    corpus = ids = None
+    calibration = ids = None
     settings = recipe.calibration
     if needs_calibration(recipe):
         check_length(config, settings.length)
@@ -223,6 +223,8 @@ def _prepare(
             seed=settings.seed,
             bos=needs_bos(config),
         )
+        calibration = _calibration_record(settings, corpus, ids)
+        del corpus
     if recipe.evaluation.windows:
         # Found now rather than after the work: a text that cannot be read or is too short.
         evaluation_windows(
@@ -232,19 +234,20 @@ def _prepare(
             windows=None,
             bos=needs_bos(config),
         )
+    del tokenizer
+    gc.collect()
+    release_memory()  # what tokenising the texts left behind
     scan_finite(checkpoint)
     checkpoint.close()
-    release_memory()  # what tokenising the texts left behind
     return Prepared(
         folder=folder,
         recipe=recipe,
         config=config,
-        tokenizer=tokenizer,
         checkpoint=checkpoint,
         shell=shell,
         plan=plan,
         dtype=dtype or own_dtype(config),
-        corpus=corpus,
+        calibration=calibration,
         ids=ids,
         notes=warnings(recipe, shell.structure),
     )
@@ -299,16 +302,13 @@ def _manifest(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _calibration_record(prepared: Prepared) -> dict[str, Any] | None:
-    if prepared.corpus is None or prepared.ids is None:
-        return None
-    settings = prepared.recipe.calibration
+def _calibration_record(settings: Calibration, corpus: Corpus, ids: Tensor) -> dict[str, Any]:
     return {
-        "name": prepared.corpus.name,
-        "source": prepared.corpus.source,
+        "name": corpus.name,
+        "source": corpus.source,
         "samples": settings.samples,
         "length": settings.length,
         "seed": settings.seed,
-        "tokens": prepared.ids.numel(),
-        "sha256": prepared.corpus.sha256,
+        "tokens": ids.numel(),
+        "sha256": corpus.sha256,
     }

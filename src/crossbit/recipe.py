@@ -98,6 +98,7 @@ class CrossFold(_Strict):
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
     alphas: tuple[float, ...] = DEFAULT_ALPHAS
     weight_term: bool = True
+    fit: bool = True
     percentile: float = Field(100.0, gt=50, le=100)
     skip_massive: bool = True
 

@@ -38,7 +38,7 @@ def test_mean_of_outer_products_matches_float64(columns: int, dtype: torch.dtype
     accumulator = HessianAccumulator(columns)
     accumulator.add(x[:2500].reshape(5, 500, columns))
     accumulator.add(x[2500:])
-    result = accumulator.result()
+    result = accumulator.finish()
     wanted = x.double().T @ x.double() / 3000
     assert accumulator.count == 3000
     assert result.dtype == torch.float32
@@ -51,7 +51,7 @@ def test_values_beyond_bfloat16_are_not_rounded() -> None:
     x = torch.full((64, 256), 1 + 2**-10)
     accumulator = HessianAccumulator(256)
     accumulator.add(x)
-    assert torch.allclose(accumulator.result(), torch.tensor((1 + 2**-10) ** 2), rtol=1e-6)
+    assert torch.allclose(accumulator.finish(), torch.tensor((1 + 2**-10) ** 2), rtol=1e-6)
     # Whatever this machine's products do: such values must not be declared exact.
     assert not module._takes_bf16(x, x)
     assert module._takes_bf16(x.bfloat16(), x) == module.has_exact_bf16_products()
@@ -86,18 +86,18 @@ def test_product_setting_is_restored_and_plain_float32_is_the_fallback(
     monkeypatch.setattr(module, "has_exact_bf16_products", lambda: False)
     plain = HessianAccumulator(200)
     plain.add(x)
-    assert relative(fast.result(), plain.result().double()) < 1e-5
+    assert relative(fast.finish(), plain.finish().double()) < 1e-5
 
 
 def test_no_token_wrong_width_and_nan_are_refused() -> None:
     accumulator = HessianAccumulator(4)
     with pytest.raises(WorkError, match="no calibration token"):
-        accumulator.result()
+        accumulator.finish()
     with pytest.raises(InputError, match="expected 4"):
         accumulator.add(torch.zeros(3, 5))
     accumulator.add(torch.tensor([[1.0, math.nan, 0.0, 0.0]]))
     with pytest.raises(WorkError, match="not finite"):
-        accumulator.result()
+        accumulator.finish()
     with pytest.raises(InputError):
         HessianAccumulator(0)
 

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # One choice on an axis a file: besides the files named here, choices do not import each other.
 CHOICES = {
-    "transforms": {"search"},
+    "transforms": {"search", "column_fit"},
     "activations": {"grid", "quantize", "kernel"},
     "solvers": {"hessian", "rtn"},
     "report": {"values", "plots", "analysis", "html"},

@@ -357,7 +357,7 @@ DRAWN: dict[str, Callable[[], str]] = {
         tolerance=0.01,
         marks={"A8 per token": 0.1},
     ),
-    "alpha_histogram": lambda: plots.alpha_histogram([("q", 0.5), ("q", 0.7), ("o", 0.5)]),
+    "alpha_histogram": lambda: plots.alpha_histogram([("q", "0.5"), ("q", "fitted"), ("o", "0.5")]),
     "alpha_losses": lambda: plots.alpha_losses([("0.5", 0.01), ("searched", 0.009)], "a $loss_x$"),
     "block_errors": lambda: plots.block_errors([{"block": 1, "relative_error": 0.5}]),
     "outlier_ratios": lambda: plots.outlier_ratios([{"block": 0, "ratio": 30.0}]),

@@ -101,7 +101,7 @@ def assert_is_the_best(choice: FoldChoice, p: FoldProblem, factors: dict[str, Te
     for key, loss in choice.losses.items():
         # The search's products may round their factors to bfloat16 where that is faster.
         assert loss == pytest.approx(slow[key], rel=0.05, abs=2e-5)
-    label = Candidate(choice.parameter, choice.factor, choice.weighted).label
+    label = choice.label
     assert choice.losses[label] == min(choice.losses.values())
     torch.testing.assert_close(choice.factor, factors[label])
     assert slow[label] <= min(slow.values()) * 1.05 + 2e-5

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import InputError, WorkError
+
+
+def keep(work: WorkDir, block: int) -> None:
+    with work.new_stream(block, (1, 2, 3), torch.float32) as writer:
+        writer.append(torch.zeros(1, 2, 3))
+        writer.commit()
 
 
 def test_work_is_found_again(tmp_path: Path) -> None:
@@ -37,23 +44,39 @@ def test_streams_come_back_as_they_were(dtype: torch.dtype, tmp_path: Path) -> N
     work = WorkDir(tmp_path / "work")
     work.begin({}, resume=False)
     hidden = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    work.save_stream(0, hidden.transpose(0, 1))
-    kept = work.load_stream(0)
+    with work.new_stream(0, (4, 3, 5), dtype) as writer:
+        writer.append(hidden.transpose(0, 1)[:3])
+        assert work.stream(0) is None
+        writer.append(hidden.transpose(0, 1)[3:])
+        writer.commit()
+    kept = work.stream(0)
     assert kept is not None
-    assert kept.dtype == dtype
-    assert torch.equal(kept, hidden.transpose(0, 1))
-    assert work.load_stream(1) is None
+    assert (kept.shape, kept.dtype) == ((4, 3, 5), dtype)
+    assert torch.equal(kept.read(0, 9), hidden.transpose(0, 1))
+    assert torch.equal(kept.read(1, 3), hidden.transpose(0, 1)[1:3])
+    assert work.stream(1) is None
+    library = load_file(str(kept.path))["hidden"]
+    assert torch.equal(library, hidden.transpose(0, 1))
+
+
+def test_a_stream_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path / "work")
+    work.begin({}, resume=False)
+    with work.new_stream(0, (2, 1, 3), torch.float32) as writer:
+        writer.append(torch.zeros(1, 1, 3))
+    assert [p.name for p in work.path.iterdir()] == ["manifest.json"]
 
 
 def test_the_next_block_is_one_whose_input_is_known(tmp_path: Path) -> None:
-    work, hidden = WorkDir(tmp_path / "work"), torch.zeros(1, 2, 3)
+    work = WorkDir(tmp_path / "work")
     work.begin({}, resume=False)
     assert work.next_block(streams=True) == 0
-    work.save_stream(0, hidden)
+    keep(work, 0)
     for block in range(3):
-        work.save_stream(block + 1, hidden)
+        keep(work, block + 1)
         assert work.next_block(streams=True) == block  # killed between the two files
-        work.save_part(part_name(block), {"x": hidden}, {})
+        work.save_part(part_name(block), {"x": torch.zeros(1)}, {})
+        work.drop_stream(block - 1)
         assert work.next_block(streams=True) == block + 1
         assert work.next_block(streams=False) == block + 1
     streams = sorted(p.name for p in work.path.glob("stream-*"))
@@ -64,14 +87,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
     work = WorkDir(tmp_path / "work")
     work.begin({"a": 1}, resume=False)
     work.save_part(part_name(0), {"x": torch.zeros(9)}, {})
-    work.save_stream(0, torch.zeros(1, 2, 3))
+    keep(work, 0)
     for name in ("block-00000.safetensors", "stream-00000.safetensors", "block-00000.json"):
         path = work.path / name
         path.write_bytes(path.read_bytes()[:-9] if name.endswith("s") else b"{")
     for action in (
         lambda: list(work.tensors(part_name(0))),
         lambda: work.record(part_name(0)),
-        lambda: work.load_stream(0),
+        lambda: work.stream(0),
     ):
         with pytest.raises(WorkError, match="damaged"):
             action()

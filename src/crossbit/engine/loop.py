@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.scale import apply_transforms
 from crossbit.engine.solve import Solved, solve_block
 from crossbit.engine.statistics import InputStatistics
+from crossbit.engine.stream import Stream
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import WorkError
 from crossbit.models.checkpoint import Checkpoint, check_finite
@@ -24,8 +26,9 @@ from crossbit.models.shell import Shell
 from crossbit.recipe import Activations, CrossFold, Gptq, Recipe, Rtn
 from crossbit.runtime.install import QuantizedLayer, install
 
-TOKENS_AT_ONCE = 2048  # a batch of sequences through a block
+TOKENS_AT_ONCE = 1024  # a batch of sequences through a block
 SAMPLE_TOKENS = 4096  # held-out tokens kept a layer input, before massive ones are dropped
+FITTING_TOKENS = 16384  # the same of the fitting sequences, for fits
 
 Write = Callable[[int, nn.Module, dict[str, QuantizedLayer]], dict[str, Tensor]]
 
@@ -71,39 +74,34 @@ def _calibrated(activations: Activations) -> bool:
 def run_blocks(job: Job, work: WorkDir, reporter: Reporter) -> None:
     """Quantize every block that the work folder does not hold yet."""
     total = job.shell.num_blocks
-    streams = job.ids is not None
-    first = work.next_block(streams=streams)
-    hidden = _entering(job, work, first) if streams and first < total else None
+    first = work.next_block(streams=job.ids is not None)
+    entering = None
+    if job.ids is not None and first < total:
+        entering = _entering(job, work, first)
     job.shell.free_outside()
     release_memory()
-    if streams and first == 0 and hidden is not None:
-        work.save_stream(0, hidden)
     if first:
         reporter.say(f"resuming at block {first} of {total}")
     for index in reporter.track(range(first, total), "quantizing blocks", total - first):
-        hidden = _one_block(job, work, index, hidden)
+        entering = _one_block(job, work, index, entering)
 
 
-def _entering(job: Job, work: WorkDir, block: int) -> Tensor:
-    """Activations [S, L, D] that enter ``block``: kept ones, or the embedding's."""
-    kept = work.load_stream(block)
+def _entering(job: Job, work: WorkDir, block: int) -> Stream:
+    """Activations that enter ``block``: kept ones, or the embedding's."""
+    kept = work.stream(block)
     if kept is not None:
         return kept
     if block:
         raise WorkError(f"{work.path}: the activations entering block {block} are missing")
     assert job.ids is not None
-    hidden: Tensor | None = None
-    for start in range(0, job.ids.shape[0], _batch(job.ids)):
-        part = job.shell.embed(job.ids[start : start + _batch(job.ids)])
-        if hidden is None:  # filled in place: joining parts would hold all of them twice
-            hidden = part.new_empty(job.ids.shape[0], *part.shape[1:])
-        hidden[start : start + part.shape[0]] = part
-    assert hidden is not None
-    return hidden
-
-
-def _batch(ids: Tensor) -> int:
-    return max(1, TOKENS_AT_ONCE // ids.shape[1])
+    count, length = job.ids.shape
+    batch = max(1, TOKENS_AT_ONCE // length)
+    first = job.shell.embed(job.ids[:batch])
+    with work.new_stream(0, (count, *first.shape[1:]), first.dtype) as writer:
+        writer.append(first)
+        for start in range(batch, count, batch):
+            writer.append(job.shell.embed(job.ids[start : start + batch]))
+        return writer.commit()
 
 
 def _holdout(job: Job) -> int:
@@ -114,43 +112,46 @@ def _holdout(job: Job) -> int:
 
 
 @torch.no_grad()
-def _one_block(job: Job, work: WorkDir, index: int, hidden: Tensor | None) -> Tensor | None:
+def _one_block(job: Job, work: WorkDir, index: int, entering: Stream | None) -> Stream | None:
     started = time.monotonic()
     plan = job.plan.blocks[index]
     block = job.shell.load_block(index, job.checkpoint, torch.float32)
     job.checkpoint.close()  # or the pages of all blocks would stay mapped
     _check_finite(block, plan.structure.name)
     states: list[GroupState] = []
-    target: Tensor | None = None
-    if hidden is not None:
+    target: Stream | None = None
+    if entering is not None:
         states = _empty_states(job, plan)
-        target = _observe(job, index, block, states, hidden)
+        target = _observe(job, work, index, block, states, entering)
+        release_memory()
     folds = apply_transforms(block, plan, states, job.recipe.transforms, job.dtype)
     solved = solve_block(block, plan, states)
     layers = _layers(plan, solved, states)
+    points = [p for s in states for p in s.points]
+    massive = max((p.statistics.massive_tokens for p in points), default=0)
+    del states, points
+    release_memory()
     tensors = job.write(index, block, layers)
-    error = None
-    if hidden is not None and target is not None:
+    error = leaving = None
+    if entering is not None and target is not None:
         install(block, plan.structure, layers, job.dtype)
         block.to(job.dtype)
-        hidden = _advance(job, index, hidden)
-        error = _relative_error(hidden[-target.shape[0] :], target)
-    points = [p for s in states for p in s.points]
+        # The stream first: a block counts as finished only when its successor can start.
+        error, leaving = _advance(job, work, index, entering, target)
     record = {
         "block": index,
         "relative_error": error,
         "folds": folds,
         "layers": [_row(plan, name, s) for name, s in solved.items()],
-        "massive_tokens": max((p.statistics.massive_tokens for p in points), default=0),
+        "massive_tokens": massive,
         "seconds": round(time.monotonic() - started, 3),
     }
-    if hidden is not None and index + 1 < job.shell.num_blocks:
-        # The stream first: a block counts as finished only when its successor can start.
-        work.save_stream(index + 1, hidden)
     work.save_part(part_name(index), tensors, record)
+    # What entered this block stays until the next is done: killed before that, a run needs it.
+    work.drop_stream(index - 1)
     job.shell.free_block(index)
     release_memory()
-    return hidden
+    return leaving
 
 
 def _check_finite(block: nn.Module, name: str) -> None:
@@ -185,16 +186,31 @@ def _wants_sample(job: Job) -> bool:
     )
 
 
+def _wants_fitting(job: Job) -> bool:
+    """Column factors are fitted on activations of the fitting sequences."""
+    return any(
+        isinstance(t, CrossFold) and t.fit and t.alpha == "search" for t in job.recipe.transforms
+    )
+
+
 def _observe(
-    job: Job, index: int, block: nn.Module, states: list[GroupState], hidden: Tensor
-) -> Tensor:
+    job: Job,
+    work: WorkDir,
+    index: int,
+    block: nn.Module,
+    states: list[GroupState],
+    entering: Stream,
+) -> Stream:
     """Run the float block over the stream; returns its output on the held-out sequences."""
-    count, held = hidden.shape[0], _holdout(job)
-    stride = max(1, held * hidden.shape[1] // SAMPLE_TOKENS)
-    sampling = _wants_sample(job)
+    (count, length), held = entering.shape[:2], _holdout(job)
+    stride = max(1, held * length // SAMPLE_TOKENS)
+    sampling, fits = _wants_sample(job), _wants_fitting(job)
+    every = max(1, -(-(count - held) * length // FITTING_TOKENS))
 
     def fitting(stats: InputStatistics, x: Tensor) -> None:
         stats.add(x)
+        if fits:
+            stats.add_fitting(x.reshape(-1, x.shape[-1])[::every])
 
     def holding(stats: InputStatistics, x: Tensor) -> None:
         stats.add_hessian_only(x)
@@ -202,16 +218,16 @@ def _observe(
             stats.add_sample(x.reshape(-1, x.shape[-1])[::stride])
 
     runner = copy.deepcopy(block).to(job.dtype)
-    kwargs = job.shell.block_kwargs(hidden.shape[1], job.dtype)[index]
-    outputs = []
-    for start, stop, take in _split(count, held, _batch_of(hidden), fitting, holding):
-        handles = attach(runner, states, take)
-        out = runner(hidden[start:stop], **kwargs)
-        for handle in handles:
-            handle.remove()
-        if take is holding:
-            outputs.append(out[0] if isinstance(out, tuple) else out)
-    return torch.cat(outputs)
+    kwargs = job.shell.block_kwargs(length, job.dtype)[index]
+    with work.new_target((held, *entering.shape[1:]), entering.dtype) as writer:
+        for start, stop, take in _split(count, held, _batch_of(entering), fitting, holding):
+            handles = attach(runner, states, take)
+            out = runner(entering.read(start, stop, job.shell.device), **kwargs)
+            for handle in handles:
+                handle.remove()
+            if take is holding:
+                writer.append(out[0] if isinstance(out, tuple) else out)
+        return writer.commit()
 
 
 def _split(
@@ -223,24 +239,44 @@ def _split(
             yield start, min(high, start + batch), take
 
 
-def _batch_of(hidden: Tensor) -> int:
-    return max(1, TOKENS_AT_ONCE // hidden.shape[1])
+def _batch_of(stream: Stream) -> int:
+    return max(1, TOKENS_AT_ONCE // stream.shape[1])
 
 
-def _advance(job: Job, index: int, hidden: Tensor) -> Tensor:
-    """The stream through the quantized block, in place."""
-    kwargs = job.shell.block_kwargs(hidden.shape[1], job.dtype)[index]
-    batch = _batch_of(hidden)
-    for start in range(0, hidden.shape[0], batch):
-        part = slice(start, start + batch)
-        out = job.shell.run_block(index, hidden[part], kwargs)
-        if not bool(torch.isfinite(out.sum())):
-            raise WorkError(
-                f"block {index}: the quantized block's output is not finite; use more bits, or "
-                "--dtype float32"
-            )
-        hidden[part] = out
-    return hidden
+def _advance(
+    job: Job, work: WorkDir, index: int, entering: Stream, target: Stream
+) -> tuple[float, Stream | None]:
+    """The stream through the quantized block: its error on the target's sequences, what leaves it.
+
+    Nothing needs what leaves the last block.
+    """
+    count, batch = entering.shape[0], _batch_of(entering)
+    kwargs = job.shell.block_kwargs(entering.shape[1], job.dtype)[index]
+    held = count - target.shape[0]
+    errors = []
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if index + 1 < job.shell.num_blocks:
+            new = work.new_stream(index + 1, entering.shape, entering.dtype)
+            writer = stack.enter_context(new)
+        for start in range(0, count, batch):
+            if writer is None and start + batch <= held:
+                continue
+            part = entering.read(start, start + batch, job.shell.device)
+            out = job.shell.run_block(index, part, kwargs)
+            if not bool(torch.isfinite(out.sum())):
+                raise WorkError(
+                    f"block {index}: the quantized block's output is not finite; use more bits, "
+                    "or --dtype float32"
+                )
+            if writer is not None:
+                writer.append(out)
+            ahead = max(0, held - start)
+            if ahead < out.shape[0]:
+                first, last = start + ahead - held, start + out.shape[0] - held
+                wanted = target.read(first, last, out.device)
+                errors.append(_relative_errors(out[ahead:], wanted).flatten())
+        return float(torch.cat(errors).mean().sqrt()), writer.commit() if writer else None
 
 
 def _layers(
@@ -284,8 +320,8 @@ def _row(plan: BlockPlan, name: str, solved: Solved) -> dict[str, Any]:
     }
 
 
-def _relative_error(out: Tensor, target: Tensor) -> float:
-    """Root mean over tokens of ||out - target||^2 / ||target||^2: no token outweighs another."""
+def _relative_errors(out: Tensor, target: Tensor) -> Tensor:
+    """||out - target||^2 / ||target||^2 of every token: none outweighs another."""
     difference = (out.float() - target.float()).square().sum(-1)
     power = target.float().square().sum(-1).clamp(min=1e-30)
-    return float((difference / power).mean().sqrt())
+    return difference / power

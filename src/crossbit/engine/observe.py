@@ -51,6 +51,11 @@ class GroupState:
             return rows
         return rows[torch.linspace(0, rows.shape[0] - 1, limit).long()]
 
+    def fitting(self) -> Tensor | None:
+        """Kept rows [T, K] of the fitting sequences, None if there are none."""
+        rows = torch.cat([p.statistics.fitting for p in self.points])
+        return rows if rows.shape[0] else None
+
     def rescale(self, factor: Tensor) -> None:
         """Account for a fold of ``factor`` [K]."""
         for point in self.points:

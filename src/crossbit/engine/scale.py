@@ -63,7 +63,7 @@ def apply_transforms(
                     "group": group.name,
                     "kind": config.kind,
                     "chosen": choice.parameter,
-                    "weighted": choice.weighted,
+                    "label": choice.label,
                     "losses": choice.losses,
                 }
             )
@@ -87,6 +87,7 @@ def _problem(block: nn.Module, plan: BlockPlan, state: GroupState, config: Any) 
         state.column_mean(),
         state.sample(SAMPLE_ROWS),
         _shared_index(group.source),
+        state.fitting() if getattr(config, "fit", False) else None,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crossbit.engine.observe import GroupState, Point
 from crossbit.engine.plan import BlockPlan, LayerPlan
+from crossbit.engine.progress import release_memory
 from crossbit.grid import QTensor
 from crossbit.recipe import Gptq, Rtn
 from crossbit.solvers.awq import awq_search_clip
@@ -49,6 +50,7 @@ def solve_block(
     for name, layer in plan.layers.items():
         if name in solved:
             continue
+        release_memory()  # what the last layer's matrices left behind
         point = points.get(name)
         if isinstance(layer.solver, Gptq):
             solved.update(_solve_gptq(block, plan, name, layer, layer.solver, point))

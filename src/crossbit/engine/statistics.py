@@ -50,7 +50,9 @@ class InputStatistics:
         self.massive_tokens = 0
         self.hessian = HessianAccumulator(columns) if hessian else None
         self._sample: list[Tensor] = []
+        self._fitting: list[Tensor] = []
         self._factor = torch.ones(columns)
+        self._matrix: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Take in activations [..., K] of the fitting sequences."""
@@ -92,6 +94,26 @@ class InputStatistics:
             rows = x.abs().amax(1)
             self._sample.append(x[rows <= MASSIVE_RATIO * rows.median()])
 
+    def add_fitting(self, x: Tensor) -> None:
+        """Keep activations [..., K] of fitting sequences for fits, in their own dtype.
+
+        Massive tokens are left out, as in ``add_sample``.
+        """
+        x = x.reshape(-1, self.columns)
+        if x.shape[0]:
+            rows = x.abs().amax(1)
+            self._fitting.append(x[rows <= MASSIVE_RATIO * rows.median()])
+
+    @property
+    def fitting(self) -> Tensor:
+        """Kept activations [T, K] of fitting sequences, folds accounted for."""
+        if not self._fitting:
+            return torch.zeros(0, self.columns)
+        if len(self._fitting) > 1:
+            self._fitting = [torch.cat(self._fitting)]
+        kept = self._fitting[0]
+        return kept if bool((self._factor == 1).all()) else kept / self._factor
+
     def _merge(self, top: Tensor, magnitude: Tensor) -> Tensor:
         if magnitude.shape[0] == 0:
             return top
@@ -132,9 +154,21 @@ class InputStatistics:
         self._abs_sum = self._abs_sum / f.double()
         self._sample = [s / f for s in self._sample]
         self._factor = self._factor * f
+        if self._matrix is not None:
+            self._unfold(f)
 
     def hessian_matrix(self) -> Tensor:
-        """Mean of X^T X [K, K] float32 over every token seen, folds accounted for."""
+        """Mean of X^T X [K, K] float32 over every token seen, folds accounted for.
+
+        One matrix, not a copy at each call: do not write to it. No token can be added afterwards.
+        """
         assert self.hessian is not None
-        inverse = 1.0 / self._factor
-        return self.hessian.result() * inverse.unsqueeze(0) * inverse.unsqueeze(1)
+        if self._matrix is None:
+            self._matrix = self.hessian.finish()
+            self._unfold(self._factor)
+        return self._matrix
+
+    def _unfold(self, factor: Tensor) -> None:
+        assert self._matrix is not None
+        inverse = 1.0 / factor
+        self._matrix.mul_(inverse.unsqueeze(0)).mul_(inverse.unsqueeze(1))

@@ -4,6 +4,7 @@
     outside.safetensors      embedding, norms and head in their exported form (+ .json record)
     block-00007.safetensors  one finished block in its exported form (+ .json record)
     stream-00008.safetensors activations that enter block 8
+    target.safetensors       outputs of the float block in work on the held-out sequences
 
 Every file is written under a temporary name and renamed, so a file that exists is whole.
 """
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from crossbit.engine.stream import Stream, StreamWriter
 from crossbit.errors import InputError, WorkError
 
 MANIFEST = "manifest.json"
@@ -105,35 +107,29 @@ class WorkDir:
 
     # -- activations --------------------------------------------------------------------------
 
-    def save_stream(self, block: int, hidden: Tensor) -> None:
-        """Keep the activations that enter ``block``.
+    def new_stream(self, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> StreamWriter:
+        """Write the activations [S, L, D] that enter ``block``."""
+        return StreamWriter(self.path / _stream(block), shape, dtype)
 
-        Those that enter the block before stay too, until the next call: a run that is killed
-        before it has written that block begins with it again. Older ones are dropped.
+    def new_target(self, shape: tuple[int, ...], dtype: torch.dtype) -> StreamWriter:
+        """Write what a block's output should be on the held-out sequences [S, L, D].
+
+        It is of use to the run that wrote it only, and the next block's takes its place.
         """
-        temporary = self.path / f".{_stream(block)}.tmp"
-        try:
-            write_tensor(temporary, "hidden", hidden)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._unwritable(_stream(block), error) from None
-        os.replace(temporary, self.path / _stream(block))
-        (self.path / _stream(block - 2)).unlink(missing_ok=True)
+        return StreamWriter(self.path / "target.safetensors", shape, dtype)
 
-    def load_stream(self, block: int) -> Tensor | None:
+    def stream(self, block: int) -> Stream | None:
         """Activations that enter ``block``, None if they were not kept.
 
         Raises:
             WorkError: the file is damaged.
         """
         path = self.path / _stream(block)
-        if not path.exists():
-            return None
-        try:
-            hidden: Tensor = load_file(str(path))["hidden"].clone()
-            return hidden
-        except (OSError, SafetensorError, KeyError):
-            raise WorkError(f"{path}: damaged; delete the work folder and start afresh") from None
+        return Stream(path) if path.exists() else None
+
+    def drop_stream(self, block: int) -> None:
+        """Forget the activations that enter ``block``, if they are there."""
+        (self.path / _stream(block)).unlink(missing_ok=True)
 
     def next_block(self, *, streams: bool) -> int:
         """The first block that is not finished (and whose input is known, if ``streams``)."""
@@ -170,22 +166,6 @@ class WorkDir:
             f"{self.path / name}: cannot be written ({error}); free some disk space and run "
             "again with --resume"
         )
-
-
-def write_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    """Write one tensor as a safetensors file without a copy in memory.
-
-    The library serialises into a buffer first, which would double the activations.
-    """
-    data = tensor.detach().cpu().contiguous()
-    size = data.numel() * data.element_size()
-    dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[data.dtype]
-    entry = {"dtype": dtype, "shape": list(data.shape), "data_offsets": [0, size]}
-    header = json.dumps({name: entry}).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        data.reshape(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def part_name(block: int) -> str:

@@ -313,16 +313,21 @@ def _plots(result: Result) -> list[tuple[str, Markup, str]]:
     )
     roles = {text(r, "name"): text(r, "role") for r in rows(result, "layers")}
     chosen = [
-        (roles.get(name) or str(name).rsplit(".", 1)[-1], alpha)
-        for name, alpha in _alphas(mapping(result, "alpha.chosen"))
+        (roles.get(name) or str(name).rsplit(".", 1)[-1], choice)
+        for name, choice in _choices(mapping(result, "alpha.chosen"))
     ]
     add(
         "Alpha chosen by the search",
-        "One count for each fold, on calibration sequences that the column maxima did not see.",
+        "One count for each fold, on calibration sequences that neither the column maxima nor the "
+        "fit saw.",
         plots.alpha_histogram,
         chosen,
     )
-    fixed = _alphas(mapping(result, "alpha.fixed"))
+    fixed = [
+        (name, loss)
+        for name, loss in _alphas(mapping(result, "alpha.fixed"))
+        if " " not in name  # variants of an alpha would crowd the plot
+    ]
     searched = finite(result, "alpha.searched")
     if searched is not None and fixed:
         fixed.append(("searched", searched))
@@ -344,6 +349,17 @@ def _alphas(found: Result) -> list[tuple[str, float]]:
         alpha = finite(held, "alpha")
         if alpha is not None:
             pairs.append((str(name), alpha))
+    return pairs
+
+
+def _choices(found: Result) -> list[tuple[str, str]]:
+    """What each fold chose: a label, or the number of an older result."""
+    pairs = []
+    for name, value in found.items():
+        number = finite({"value": value}, "value")
+        label = f"{number:g}" if number is not None else value
+        if isinstance(label, str) and label:
+            pairs.append((str(name), label))
     return pairs
 
 

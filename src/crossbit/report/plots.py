@@ -162,9 +162,9 @@ def remove_kernel_curve(
     return _svg("remove_kernel", "Perplexity when the smallest activations are removed", draw)
 
 
-def alpha_histogram(chosen: Sequence[tuple[str, float]]) -> str:
-    """How often each alpha was chosen: [(layer type, alpha)], stacked by layer type."""
-    values = sorted({a for _, a in chosen})
+def alpha_histogram(chosen: Sequence[tuple[str, str]]) -> str:
+    """How often each alpha, or a named factor, was chosen: [(layer type, choice)], stacked."""
+    values = sorted({a for _, a in chosen}, key=lambda v: (not v[:1].isdigit(), v))
     roles = list(dict.fromkeys(r for r, _ in chosen))
 
     def draw(figure: Figure) -> None:
@@ -183,7 +183,7 @@ def alpha_histogram(chosen: Sequence[tuple[str, float]]) -> str:
                 linewidth=0.6,
             )
             base = [a + b for a, b in zip(base, counts, strict=True)]
-        axes.set_xticks(range(len(values)), [f"{v:g}" for v in values])
+        axes.set_xticks(range(len(values)), [v.replace(" ", "\n", 1) for v in values])
         axes.grid(visible=False, axis="x")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("alpha (1 is per token)")
@@ -201,7 +201,7 @@ def alpha_losses(losses: Sequence[tuple[str, float]], label: str = "loss") -> st
         fixed = [_COLOURS[0] if _is_number(n) else _COLOURS[1] for n, _ in losses]
         bars = axes.bar(range(len(losses)), [v for _, v in losses], color=fixed, width=0.6)
         axes.bar_label(bars, [f"{v:.3g}" for _, v in losses], padding=2, fontsize=9, color=_INK)
-        axes.set_xticks(range(len(losses)), [n for n, _ in losses])
+        axes.set_xticks(range(len(losses)), [n.replace(" ", "\n") for n, _ in losses])
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("alpha (1 is per token)")
         axes.set_ylabel(label)

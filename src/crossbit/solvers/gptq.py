@@ -38,7 +38,7 @@ from crossbit.solvers.rtn import fit_scale
 ScaleFit = Literal["none", "mse", "hessian"]
 
 # Rows solved at a time (rows are independent): bounds memory and keeps blocks in the cache.
-_ROWS = 4096
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ def gptq(
         if act_order
         else torch.arange(columns, device=exact.device)
     )
-    permuted = clean[order][:, order] if act_order else clean
-    factor, damp_used = inverse_factor(permuted, damp, damping)
+    factor, damp_used = inverse_factor(clean, damp, damping, order)
     loss_weight = torch.empty_like(diagonal)
     loss_weight[order] = torch.diagonal(factor).square().reciprocal()
     importance = loss_weight if clip == "hessian" else None

@@ -112,10 +112,11 @@ class HessianAccumulator:
         if columns < 1:
             raise InputError(f"columns: {columns} is not a positive number")
         self.columns = columns
-        #: Upper block triangle of the sum, float32 [K, K]; what lies below is not meaningful.
+        #: Upper triangle of the sum, float32 [K, K]; what lies below is not meaningful.
         self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         #: Number of tokens seen.
         self.count = 0
+        self._finished = False
 
     def add(self, x: Tensor) -> None:
         """Adds tokens x [..., K] of any floating-point dtype; leading dimensions are flattened.
@@ -125,6 +126,7 @@ class HessianAccumulator:
         """
         if x.shape[-1] != self.columns:
             raise InputError(f"expected {self.columns} input channels, got {x.shape[-1]}")
+        assert not self._finished
         tokens = x.detach().reshape(-1, self.columns)
         for chunk in torch.split(tokens, _CHUNK):
             self._add_chunk(chunk)
@@ -141,18 +143,26 @@ class HessianAccumulator:
             stop = min(start + band, self.columns)
             self.sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
-    def result(self) -> Tensor:
-        """The mean H = sum / count, float32 [K, K], exactly symmetric.
+    def finish(self) -> Tensor:
+        """The mean H = sum / count, float32 [K, K], exactly symmetric, in the sum's own memory.
+
+        Nothing can be added any more.
 
         Raises:
             WorkError: no token was added, or the sum is not finite.
         """
         if self.count == 0:
             raise WorkError("no calibration token reached this layer: use more or other text")
-        upper = torch.triu(self.sum).div_(self.count)
-        if not _is_finite(upper):
+        # In place and in bands: the matrices of wide layers are what memory goes into here.
+        for start in range(0, self.columns, _MIN_BAND):
+            stop = min(start + _MIN_BAND, self.columns)
+            corner = torch.triu(self.sum[start:stop, start:stop])
+            self.sum[start:stop, start:stop] = corner + torch.triu(corner, 1).T
+            self.sum[stop:, start:stop] = self.sum[start:stop, stop:].T
+        if not _is_finite(self.sum):
             raise WorkError("calibration activations are not finite: check the model's weights")
-        return upper + torch.triu(upper, 1).T
+        self._finished = True
+        return self.sum.div_(self.count)
 
 
 def _is_finite(matrix: Tensor) -> bool:
@@ -201,7 +211,7 @@ def condition(hessian: Tensor) -> tuple[Tensor, Tensor]:
     work = hessian.to(torch.float32)
     if not _is_finite(work):
         raise WorkError("the Hessian is not finite: check the model's weights and activations")
-    work = (work + work.T) * 0.5
+    work = (work + work.T).mul_(0.5)
     diagonal = torch.diagonal(work)
     dead = (diagonal <= 0).nonzero().flatten()
     if dead.numel():
@@ -219,14 +229,20 @@ def damped(hessian: Tensor, damp: float, damping: Damping) -> Tensor:
     correlations of all the others. "diagonal" (Levenberg-Marquardt) does not depend on the scale
     of any channel.
     """
+    return _damp(hessian.clone(), damp, damping)
+
+
+def _damp(hessian: Tensor, damp: float, damping: Damping) -> Tensor:
+    """``damped`` in place."""
     diagonal = torch.diagonal(hessian)
-    extra = (
-        diagonal * damp if damping == "diagonal" else (diagonal.mean() * damp).expand_as(diagonal)
-    )
-    return hessian + torch.diag(extra)
+    extra = diagonal * damp if damping == "diagonal" else diagonal.mean() * damp
+    diagonal.add_(extra)
+    return hessian
 
 
-def inverse_factor(hessian: Tensor, damp: float, damping: Damping) -> tuple[Tensor, float]:
+def inverse_factor(
+    hessian: Tensor, damp: float, damping: Damping, order: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damping)^-1; never fails on a finite H.
 
     With J the reversal of the order, J H J = L L^T gives U = J L^-1 J: one Cholesky factorisation
@@ -236,19 +252,27 @@ def inverse_factor(hessian: Tensor, damp: float, damping: Damping) -> tuple[Tens
         hessian: float32 [K, K], symmetric with a positive diagonal (``condition``).
         damp: first damping tried, >= 0; it grows tenfold until the factorisation succeeds.
         damping: see ``damped``.
+        order: of rows and columns, int64 [K]; None is their own.
 
     Returns:
         U float32 [K, K], and the damping used: infinity when only the diagonal was kept, which
         makes a solver round to nearest.
     """
-    eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    columns = hessian.shape[0]
+    if order is None:
+        order = torch.arange(columns, device=hessian.device)
+    backwards = order.flip(0)
     tried = damp
     for _ in range(8):
-        reversed_order = damped(hessian, tried, damping).flip(0, 1)
-        lower, info = torch.linalg.cholesky_ex(reversed_order)
+        lower, info = torch.linalg.cholesky_ex(
+            _damp(hessian[backwards[:, None], backwards], tried, damping)
+        )
         if int(info) == 0:
-            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-            if torch.isfinite(inverse).all():
-                return inverse.flip(0, 1).contiguous(), tried
+            # In the memory layout of LAPACK, so that the solution takes the identity's place.
+            inverse = torch.eye(columns, dtype=hessian.dtype, device=hessian.device).T
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            if _is_finite(inverse):
+                return inverse.flip(0, 1), tried
         tried = max(tried * 10.0, 1e-4)
-    return torch.diag(torch.diagonal(hessian).rsqrt()), math.inf
+    return torch.diag(torch.diagonal(hessian)[order].rsqrt()), math.inf

@@ -11,11 +11,17 @@ into the rows of W'; so alpha is searched per layer on the error after the weigh
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from crossbit.recipe import CrossFold
+from crossbit.transforms.column_fit import fit_factor
 from crossbit.transforms.search import Candidate, FoldChoice, FoldProblem, normalised, search
+
+FITTED = "fitted"
+RMS_ALPHAS = (0.4, 0.5, 0.6)
 
 
 def cross_factor(column_maximum: Tensor, alpha: float) -> Tensor:
@@ -38,10 +44,32 @@ def weight_balanced(factor: Tensor, problem: FoldProblem, alpha: float) -> Tenso
     return normalised(factor / largest.pow(alpha))
 
 
-def choose(problem: FoldProblem, config: CrossFold) -> FoldChoice:
-    """The factor of one group: fixed alpha, or the alpha with the least output error.
+def fitted(problem: FoldProblem, start: FoldChoice) -> FoldChoice:
+    """The better of ``start`` and the factor fitted from there, see ``column_fit``."""
+    assert problem.fitting is not None
+    assert problem.activations is not None
+    factor = fit_factor(
+        problem.fitting,
+        problem.weights,
+        problem.grids,
+        start.factor,
+        divisor=problem.activations.effective_divisor,
+        shared=problem.shared,
+    )
+    again = search(problem, [Candidate(start.parameter, normalised(factor))])
+    (loss,) = again.losses.values()
+    losses = {**start.losses, FITTED: loss}
+    if loss < min(start.losses.values()):
+        return replace(again, label=FITTED, losses=losses)
+    return replace(start, losses=losses)
 
-    With ``weight_term`` the search also tries each alpha with SmoothQuant's weight term.
+
+def choose(problem: FoldProblem, config: CrossFold) -> FoldChoice:
+    """The factor of one group: fixed alpha, or the candidate with the least output error.
+
+    The search tries each alpha; with ``weight_term`` also with SmoothQuant's weight term; with
+    ``fit`` also on the columns' root mean square in place of their maxima, and the factor fitted
+    from the best of all these.
     """
     c = problem.column_maximum
     if config.alpha != "search":
@@ -49,8 +77,14 @@ def choose(problem: FoldProblem, config: CrossFold) -> FoldChoice:
     candidates = [Candidate(alpha, cross_factor(c, alpha)) for alpha in config.alphas]
     if config.weight_term:
         candidates += [
-            Candidate(x.parameter, weight_balanced(x.factor, problem, x.parameter), weighted=True)
+            Candidate(x.parameter, weight_balanced(x.factor, problem, x.parameter), "with weights")
             for x in candidates
             if x.parameter < 1.0
         ]
-    return search(problem, candidates)
+    # The error terms of the fit are those of one step a token.
+    per_token = problem.activations is not None and problem.activations.kind == "per_token"
+    if not (config.fit and per_token and problem.fitting is not None):
+        return search(problem, candidates)
+    rms = problem.fitting.float().square().mean(0).sqrt()
+    candidates += [Candidate(a, cross_factor(rms, a), "of rms") for a in RMS_ALPHAS]
+    return fitted(problem, search(problem, candidates))

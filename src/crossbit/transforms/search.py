@@ -32,6 +32,7 @@ class FoldProblem:
         column_maximum: c_j float32 [K] over the fitting sequences.
         column_mean: mean |X_j| float32 [K].
         sample: held-out activations [S, K] float32.
+        fitting: activations [T, K] of fitting tokens, or None if none were kept.
         shared: index [K] of the factor that channel j must use (grouped heads share a value row),
             or None when every channel has its own.
     """
@@ -43,6 +44,7 @@ class FoldProblem:
     column_mean: Tensor
     sample: Tensor
     shared: Tensor | None = None
+    fitting: Tensor | None = None
 
     def tie(self, factor: Tensor) -> Tensor:
         """Make channels that share a source row agree: each takes the group's largest factor."""
@@ -59,28 +61,28 @@ class FoldProblem:
 class FoldChoice:
     """A column factor and how it was found.
 
-    ``parameter`` is the chosen alpha, strength or ratio, ``weighted`` whether the candidate had a
-    weight term, ``losses`` maps the label of each candidate to its error.
+    ``parameter`` is the chosen alpha, strength or ratio, ``label`` the chosen candidate's name,
+    ``losses`` maps the label of each candidate to its error.
     """
 
     factor: Tensor
     parameter: float
-    weighted: bool
+    label: str
     losses: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A column factor [K] to try."""
+    """A column factor [K] to try; ``kind`` says what it is besides a power of column maxima."""
 
     parameter: float
     factor: Tensor
-    weighted: bool = False
+    kind: str = ""
 
     @property
     def label(self) -> str:
         """How reports name it."""
-        return f"{self.parameter:g}" + (" with weights" if self.weighted else "")
+        return " ".join([f"{self.parameter:g}", *([self.kind] if self.kind else [])])
 
 
 def round_trip(weight: Tensor, grid: Grid) -> Tensor:
@@ -125,7 +127,7 @@ def search(problem: FoldProblem, candidates: Sequence[Candidate]) -> FoldChoice:
     best = losses.index(min(losses))
     chosen = candidates[best]
     labelled = {c.label: loss for c, loss in zip(candidates, losses, strict=True)}
-    return FoldChoice(tied[best], chosen.parameter, chosen.weighted, labelled)
+    return FoldChoice(tied[best], chosen.parameter, chosen.label, labelled)
 
 
 def normalised(factor: Tensor) -> Tensor:
