@@ -18,6 +18,7 @@ import crossbit
 from crossbit.compat import check_model, check_recipe, warnings
 from crossbit.corpora import Corpus, calibration_windows, evaluation_windows, load_text
 from crossbit.device import check_device
+from crossbit.engine.head import head_hessian
 from crossbit.engine.loop import Job, needs_calibration, run_blocks
 from crossbit.engine.plan import ModelPlan, make_plan
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
@@ -30,7 +31,7 @@ from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, read_result
-from crossbit.recipe import Calibration, Recipe
+from crossbit.recipe import Calibration, Gptq, Recipe
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.loader import own_dtype
@@ -266,11 +267,8 @@ def check_length(config: Any, length: int) -> None:
 def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
     shell, dtype = prepared.shell, prepared.dtype
     shell.load_outside(prepared.checkpoint, dtype)
-    # Also on resume: the stream starts from the quantized embedding.
-    outside = quantize_outside(shell, prepared.plan, dtype)
-    if not directory.has_part("outside"):
-        directory.save_part("outside", outside, {})
-    del outside
+    # Calibration text enters the blocks through the quantized embedding.
+    quantize_outside(shell, prepared.plan, dtype)
     release_memory()
 
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
@@ -288,6 +286,20 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
         write,
     )
     run_blocks(job, directory, reporter)
+    if not directory.has_part("outside"):
+        # Last, for GPTQ's sake: the head is solved for what leaves the quantized blocks.
+        hessian = head_hessian(job, directory)
+        solver = prepared.recipe.solver
+        shell.load_outside(prepared.checkpoint, dtype)
+        directory.save_part(
+            "outside",
+            quantize_outside(
+                shell, prepared.plan, dtype, hessian, solver if isinstance(solver, Gptq) else None
+            ),
+            {"head solver": "rtn" if hessian is None else "gptq"},
+        )
+        shell.free_outside()
+        release_memory()
 
 
 def _manifest(prepared: Prepared) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -220,7 +219,7 @@ def _observe(
     runner = copy.deepcopy(block).to(job.dtype)
     kwargs = job.shell.block_kwargs(length, job.dtype)[index]
     with work.new_target((held, *entering.shape[1:]), entering.dtype) as writer:
-        for start, stop, take in _split(count, held, _batch_of(entering), fitting, holding):
+        for start, stop, take in _split(count, held, batch_of(entering), fitting, holding):
             handles = attach(runner, states, take)
             out = runner(entering.read(start, stop, job.shell.device), **kwargs)
             for handle in handles:
@@ -239,29 +238,21 @@ def _split(
             yield start, min(high, start + batch), take
 
 
-def _batch_of(stream: Stream) -> int:
+def batch_of(stream: Stream) -> int:
+    """Sequences a batch."""
     return max(1, TOKENS_AT_ONCE // stream.shape[1])
 
 
 def _advance(
     job: Job, work: WorkDir, index: int, entering: Stream, target: Stream
-) -> tuple[float, Stream | None]:
-    """The stream through the quantized block: its error on the target's sequences, what leaves it.
-
-    Nothing needs what leaves the last block.
-    """
-    count, batch = entering.shape[0], _batch_of(entering)
+) -> tuple[float, Stream]:
+    """The stream through the quantized block: error on the target's sequences, what leaves it."""
+    count, batch = entering.shape[0], batch_of(entering)
     kwargs = job.shell.block_kwargs(entering.shape[1], job.dtype)[index]
     held = count - target.shape[0]
     errors = []
-    with contextlib.ExitStack() as stack:
-        writer = None
-        if index + 1 < job.shell.num_blocks:
-            new = work.new_stream(index + 1, entering.shape, entering.dtype)
-            writer = stack.enter_context(new)
+    with work.new_stream(index + 1, entering.shape, entering.dtype) as writer:
         for start in range(0, count, batch):
-            if writer is None and start + batch <= held:
-                continue
             part = entering.read(start, start + batch, job.shell.device)
             out = job.shell.run_block(index, part, kwargs)
             if not bool(torch.isfinite(out.sum())):
@@ -269,14 +260,13 @@ def _advance(
                     f"block {index}: the quantized block's output is not finite; use more bits, "
                     "or --dtype float32"
                 )
-            if writer is not None:
-                writer.append(out)
+            writer.append(out)
             ahead = max(0, held - start)
             if ahead < out.shape[0]:
                 first, last = start + ahead - held, start + out.shape[0] - held
                 wanted = target.read(first, last, out.device)
                 errors.append(_relative_errors(out[ahead:], wanted).flatten())
-        return float(torch.cat(errors).mean().sqrt()), writer.commit() if writer else None
+        return float(torch.cat(errors).mean().sqrt()), writer.commit()
 
 
 def _layers(

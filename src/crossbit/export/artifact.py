@@ -17,7 +17,9 @@ from crossbit.models.experts import checkpoint_name, is_expert
 from crossbit.models.families import Family
 from crossbit.models.shell import Shell
 from crossbit.models.structure import ModelStructure
+from crossbit.recipe import Gptq
 from crossbit.runtime.install import QuantizedLayer
+from crossbit.solvers.gptq import gptq
 from crossbit.solvers.rtn import rtn
 
 _ROWS = 4096
@@ -55,13 +57,21 @@ def outside_schemes(structure: ModelStructure, plan: ModelPlan) -> dict[str, Qua
     return schemes
 
 
-def quantize_outside(shell: Shell, plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+def quantize_outside(
+    shell: Shell,
+    plan: ModelPlan,
+    dtype: torch.dtype,
+    hessian: Tensor | None = None,
+    solver: Gptq | None = None,
+) -> dict[str, Tensor]:
     """Tensors of everything outside the blocks; the shell goes on with the quantized values.
 
     Args:
         shell: embedding, norms and head loaded.
         plan: grids of embedding and head.
         dtype: of the tensors that stay floating point.
+        hessian: mean of x x^T over what the head reads, for ``solver``; None rounds to nearest.
+        solver: GPTQ's settings.
     """
     structure = shell.structure
     schemes = outside_schemes(structure, plan)
@@ -72,7 +82,11 @@ def quantize_outside(shell: Shell, plan: ModelPlan, dtype: torch.dtype) -> dict[
         tied = module == structure.head and structure.tied
         if not tied:
             weight = shell.model.get_submodule(module).weight
-            solved[module] = _round_rows(weight.detach(), scheme.weights)
+            head = module == structure.head or structure.tied
+            if head and hessian is not None and solver is not None:
+                solved[module] = _solve_rows(weight.detach(), scheme.weights, hessian, solver)
+            else:
+                solved[module] = _round_rows(weight.detach(), scheme.weights)
         qtensor = solved[structure.embedding if tied else module]
         # Under the module's own name, by which the config speaks of it (GPT-NeoX's file calls the
         # unquantized head embed_out).
@@ -96,9 +110,31 @@ def _round_rows(weight: Tensor, grid: Grid) -> QTensor:
 
     The grid has one scale a row (the compatibility table allows no other), so rows are apart.
     """
-    parts = [rtn(part.float(), grid, clip="mse") for part in torch.split(weight, _ROWS)]
+    return _joined([rtn(part.float(), grid, clip="mse") for part in torch.split(weight, _ROWS)])
+
+
+def _solve_rows(weight: Tensor, grid: Grid, hessian: Tensor, solver: Gptq) -> QTensor:
+    """The same with GPTQ, for the head: its logits are what the model is judged by."""
+    parts = [
+        gptq(
+            part.float(),
+            hessian,
+            grid,
+            block_size=solver.block_size,
+            act_order=solver.act_order,
+            damp=solver.damp,
+            damping=solver.damping,
+            clip=solver.clip,
+            refine=solver.refine,
+        ).qtensor
+        for part in torch.split(weight, _ROWS)
+    ]
+    return _joined(parts)
+
+
+def _joined(parts: list[QTensor]) -> QTensor:
     codes = torch.cat([part.codes for part in parts])
-    return QTensor(codes, torch.cat([part.scale for part in parts]), None, grid)
+    return QTensor(codes, torch.cat([part.scale for part in parts]), None, parts[0].grid)
 
 
 def block_tensors(

@@ -49,6 +49,19 @@ class _Recorder(nn.Module):
         return hidden_states if self.emit is None else self.emit
 
 
+class _HeadReader(nn.Module):
+    """Stands in for the head: keeps what it reads and ends the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Record, then stop."""
+        self.seen = x
+        raise _Reached
+
+
 class _Zeros(nn.Module):
     """Stands in for a linear layer while only shapes matter: zeros in the input's own dtype."""
 
@@ -220,7 +233,8 @@ class Shell:
                         f"config.json ties the head to the embedding, but {head} differs from "
                         f"{embedding}: set tie_word_embeddings to false in config.json"
                     )
-            _set_parameter(self.model, name, tensor.to(self.device, dtype))
+            # A copy: see load_block; the quantized values are written into it.
+            _set_parameter(self.model, name, tensor.to(self.device, dtype, copy=True))
         if self.structure.tied:
             source = self.model.get_submodule(self.structure.embedding)
             self.model.get_submodule(self.structure.head).weight = source.weight
@@ -351,6 +365,28 @@ class Shell:
         inputs = torch.zeros(1, 1, embedding.embedding_dim, dtype=dtype, device=self.device)
         with self._recording(recorders):
             return cast(Tensor, self.model(inputs_embeds=inputs, use_cache=False).logits)
+
+    @torch.no_grad()
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Hidden state after the last block [B, L, D] -> what the head reads [B, L, D'].
+
+        Works without the embedding and the head themselves (``free_outside``).
+        """
+        dtype = self._loaded_dtype()
+        recorders = [_Recorder() for _ in range(self.num_blocks)]
+        recorders[-1].emit = hidden.to(self.device, dtype)
+        width = self.model.get_submodule(self.structure.embedding).embedding_dim
+        inputs = torch.zeros(1, 1, width, dtype=dtype, device=self.device)
+        head = self.model.get_submodule(self.structure.head)
+        reader = _HeadReader()
+        self.model.set_submodule(self.structure.head, reader)
+        try:
+            with self._recording(recorders), suppress(_Reached):
+                self.model(inputs_embeds=inputs, use_cache=False)
+        finally:
+            self.model.set_submodule(self.structure.head, head)
+        assert reader.seen is not None
+        return reader.seen
 
 
 def _set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
