@@ -12,13 +12,14 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 import crossbit
-from benchmarks.measure import measure
+from benchmarks.measure import Measurement, measure
 from benchmarks.store import once
 from crossbit.corpora import calibration_windows, load_text
 from crossbit.evaluation.statistics import paired_loss, perplexity
@@ -26,6 +27,11 @@ from crossbit.models.opening import open_tokenizer
 from crossbit.models.source import resolve_model
 
 SAMPLES, LENGTH, WINDOWS = 64, 1024, 20
+
+
+def _figures(found: Measurement) -> dict[str, Any]:
+    """Without the command line, whose paths are those of one machine."""
+    return {name: value for name, value in asdict(found).items() if name != "command"}
 
 
 def main() -> None:
@@ -64,12 +70,12 @@ def main() -> None:
         made = json.loads((ours / "crossbit.json").read_text("utf8"))
         return {
             "ours": {
-                "process": vars(own),
+                "process": _figures(own),
                 "seconds": made["time"],
                 "memory": made["memory"],
                 "bytes": made["size"]["file_bytes"],
             },
-            "peer": {"process": vars(peer), "own": json.loads(peer_json.read_text("utf8"))},
+            "peer": {"process": _figures(peer), "own": json.loads(peer_json.read_text("utf8"))},
         }
 
     cost = once("gptq-peer-cost", "python -m benchmarks.gptq_peer", run)

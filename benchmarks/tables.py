@@ -112,6 +112,30 @@ def peer(results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def verified(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What verification measured on every exported scheme, model by model."""
+    found = {k: v for k, v in results.items() if "-verify-" in k}
+    if not found:
+        return []
+    lines = ["### Verification of every exported scheme, reloaded in transformers", ""]
+    lines += ["| model | scheme | passed | largest layer difference | logits | bound |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, result in found.items():
+        model, _, case = name.partition("-verify-")
+        checks = {c["name"]: c for c in result["verify"]["checks"]}
+        layers, logits = checks.get("layers", {}), checks.get("logits", {})
+        passed = "yes" if result["verify"]["passed"] else "NO"
+        lines.append(
+            f"| {model} | {case} | {passed} | {_small(layers.get('value'))} | "
+            f"{_small(logits.get('value'))} | {_small(logits.get('bound'))} |"
+        )
+    return [*lines, ""]
+
+
+def _small(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
 def cost(results: dict[str, dict[str, Any]]) -> list[str]:
     """Fake-quant cost."""
     found = results.get("fake-quant-cost")

@@ -177,8 +177,12 @@ def _with_options(
     seed: int | None,
 ) -> Recipe:
     options = {"text": calibration, "samples": samples, "length": length, "seed": seed}
-    given = [f"calibration.{k}={v}" for k, v in options.items() if v is not None]
-    return Recipe.load(recipe, given) if given else recipe
+    given = {k: v for k, v in options.items() if v is not None}
+    if not given:
+        return recipe
+    data = recipe.model_dump(mode="json")
+    data["calibration"].update(given)
+    return Recipe.parse(data, recipe.name)
 
 
 def _finished(final: Path, manifest: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -116,6 +116,7 @@ class AwqScale(_Strict):
 
     kind: Literal["awq_scale"] = "awq_scale"
     points: int = Field(20, ge=1, le=100)
+    weight_term: bool = True
 
 
 Transform = Annotated[CrossFold | Smooth | AwqScale, Field(discriminator="kind")]

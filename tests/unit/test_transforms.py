@@ -231,9 +231,14 @@ def test_fixed_alpha_is_not_searched() -> None:
 def test_awq_search(case: str) -> None:
     p = problem(**PROBLEMS[case])
     factors = {f"{i / 4:g}": awq_factor(p.column_mean, i / 4) for i in range(4)}
-    choice = awq_scale.choose(p, AwqScale(points=4))
-    assert_is_the_best(choice, p, factors)
-    assert min(choice.losses.values()) <= choice.losses["0"]
+    plain = awq_scale.choose(p, AwqScale(points=4, weight_term=False))
+    assert_is_the_best(plain, p, factors)
+    assert min(plain.losses.values()) <= plain.losses["0"]
+    share = awq_scale.weight_magnitude(p.weights, p.grids)
+    for i in range(4):
+        raw = p.column_mean ** (i / 4) / (share ** (1 - i / 4) + 1e-4)
+        factors[f"{i / 4:g} with weights"] = raw / (raw.max() * raw.min()).sqrt()
+    assert_is_the_best(awq_scale.choose(p, AwqScale(points=4)), p, factors)
 
 
 def test_smooth_search() -> None:
