@@ -116,6 +116,7 @@ def _copy_companions(run: Run, staged: Path) -> None:
 def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
     records = [work.record(part_name(i)) for i in range(len(run.plan.blocks))]
     layers = [row for record in records for row in _layer_rows(record)]
+    solver = work.record("outside").get("head solver")
     parameters = _parameters(run)
     size = _size(run, staged, parameters)
     return {
@@ -146,6 +147,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
         ],
         "folds": [{"block": r["block"], **fold} for r in records for fold in r["folds"]],
         "alpha": _alpha_summary(records),
+        "head": None if solver is None else {"solver": solver},
         "counts": {
             "quantized": run.plan.quantized,
             "ignored": run.plan.ignored,

@@ -300,7 +300,7 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
             quantize_outside(
                 shell, prepared.plan, dtype, hessian, solver if isinstance(solver, Gptq) else None
             ),
-            {"head solver": "rtn" if hessian is None else "gptq"},
+            {"head solver": "rtn" if hessian is None else "gptq"} if prepared.plan.head else {},
         )
         shell.free_outside()
         release_memory()
