@@ -128,6 +128,11 @@ def fit_factor(
     for weight, power in zip(weights, powers, strict=True):
         column_power += weight.square().sum(0) / power
     second = some.square().mean(0)
+    logs = [
+        (w.abs().clamp_(min=_SMALLEST).log_(), grid, w.shape[0] / ROWS / power)
+        for w, grid, power in zip(weights, grids, powers, strict=True)
+        if grid is not None
+    ]
     log_f = start.float().log()
     g = log_f.new_zeros(size).scatter_reduce(0, index, log_f, "amax", include_self=False)
     first, curve, tail = torch.zeros_like(g), torch.zeros_like(g), torch.zeros_like(g)
@@ -137,14 +142,10 @@ def fit_factor(
         tokens = torch.randint(x.shape[0], (TOKENS,), generator=generator)
         log_x = x[tokens].float().abs_().clamp_(min=_SMALLEST).log_()
         value, gradient = input_error(log_x, log_f, column_power, divisor)
-        for weight, grid, power in zip(weights, grids, powers, strict=True):
-            if grid is None:
-                continue
-            rows = torch.randint(weight.shape[0], (ROWS,), generator=generator)
-            some_rows = weight[rows].abs().clamp_(min=_SMALLEST).log_()
-            grouped = some_rows.view(ROWS, grid.groups(weight.shape[1]), -1)
+        for log_w, grid, whole in logs:
+            rows = torch.randint(log_w.shape[0], (ROWS,), generator=generator)
+            grouped = log_w[rows].view(ROWS, grid.groups(log_w.shape[1]), -1)
             error, slope = weight_error(grouped, log_f, second, grid.effective_divisor)
-            whole = weight.shape[0] / ROWS / power
             value, gradient = value + whole * error, gradient + whole * slope
         # Of log(A + B), whose size does not change on the way.
         pull = torch.zeros_like(g).index_add_(0, index, gradient) / value
