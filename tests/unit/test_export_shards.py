@@ -94,9 +94,41 @@ def test_twice_after_close_and_empty_are_errors(tmp_path: Path) -> None:
 
 def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "absent")
+    with pytest.raises(WorkError, match="cannot be written"):
+        writer.add("a", torch.zeros(2))
+    (tmp_path / "there").mkdir()
+    writer = ShardWriter(tmp_path / "there")
     writer.add("a", torch.zeros(2))
+    (tmp_path / "there" / ".writing-00000.safetensors").mkdir()
     with pytest.raises(WorkError, match="cannot be written"):
         writer.close()
+
+
+def test_every_dtype_is_aligned_and_read_back_by_the_library(tmp_path: Path) -> None:
+    tensors = {
+        "codes": torch.arange(3, dtype=torch.int8),
+        "scalar": torch.tensor(2.5),
+        "long": torch.arange(5),
+        "half": torch.ones(3, 2, dtype=torch.bfloat16).t(),
+        "none": torch.zeros(0, 4),
+        "flag": torch.tensor([True, False]),
+        "double": torch.tensor([0.1], dtype=torch.float64),
+    }
+    writer = ShardWriter(tmp_path)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    (path,) = writer.close()
+    found = load_file(str(path))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        if name != "__metadata__":
+            assert (8 + size + entry["data_offsets"][0]) % found[name].element_size() == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
 
 def test_tensor_digest_is_that_of_the_documented_bytes() -> None:

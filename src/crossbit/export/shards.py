@@ -1,13 +1,19 @@
-"""Streaming tensors into safetensors shards with an index, one shard in memory at a time."""
+"""Streaming tensors into safetensors shards with an index, one tensor in memory at a time.
+
+The library's writer takes all tensors of a file at once: a shard of 2 GB would be 2 GB of memory.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from crossbit.cache import atomic_write
@@ -17,6 +23,73 @@ from crossbit.models.validate import INDEX_FILE, SINGLE_FILE
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
 _PART = ".writing-{:05d}.safetensors"
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass
+class _Shard:
+    """A shard in the making: a file of raw data for each element size, put together at the end.
+
+    Larger elements come first, so that all are aligned in the finished file.
+    """
+
+    path: Path
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    size: int = 0
+    _files: dict[int, BinaryIO] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append the bytes of a contiguous tensor."""
+        width = tensor.dtype.itemsize
+        if width not in self._files:
+            self._files[width] = self._data(width).open("wb")
+        self._files[width].write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self.entries[name] = (tensor.dtype, tuple(tensor.shape))
+        self.size += tensor.numel() * width
+
+    def _data(self, width: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{width}")
+
+    def finish(self) -> None:
+        """Write the file; the raw data go."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        widths = sorted(self._files, reverse=True)
+        offset = 0
+        for width in widths:
+            for name, (dtype, shape) in self.entries.items():
+                if dtype.itemsize == width:
+                    end = offset + math.prod(shape) * width
+                    place = {"data_offsets": [offset, end]}
+                    header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), **place}
+                    offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with self.path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for width in widths:
+                self._files[width].close()
+                with self._data(width).open("rb") as data:
+                    shutil.copyfileobj(data, file, 1 << 20)
+                self._data(width).unlink()
+
+    def drop(self) -> None:
+        """Remove what was written."""
+        for width, file in self._files.items():
+            file.close()
+            self._data(width).unlink(missing_ok=True)
+        if self.path.is_file():
+            self.path.unlink()
 
 
 class ShardWriter:
@@ -40,18 +113,16 @@ class ShardWriter:
             raise ValueError("max_shard_bytes must be positive")
         self._folder = folder
         self._limit = max_shard_bytes
-        self._held: dict[str, Tensor] = {}
-        self._held_bytes = 0
-        self._shards: list[list[str]] = []
+        self._shards: list[_Shard] = []
         self._closed = False
         self.digests: dict[str, str] = {}
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take over a tensor (its values must not change any more before ``close``).
+        """Write a tensor.
 
         Raises:
-            WorkError: the name was added before, or a full shard cannot be written.
+            WorkError: the name was added before, or the disk refuses.
         """
         if self._closed:
             raise WorkError(f"{self._folder}: {name} comes after the checkpoint was closed")
@@ -59,14 +130,14 @@ class ShardWriter:
             raise WorkError(f"{self._folder}: tensor {name} is written twice")
         held = tensor.detach().cpu().contiguous()
         size = held.numel() * held.element_size()
-        shared = any(held.data_ptr() == other.data_ptr() for other in self._held.values())
-        if size and (shared or held.untyped_storage().nbytes() != size):
-            # A view would keep its whole storage alive; a shared one cannot be stored twice.
-            held = held.clone()
-        if self._held and self._held_bytes + size > self._limit:
-            self._flush()
-        self._held[name] = held
-        self._held_bytes += size
+        try:
+            if not self._shards or self._shards[-1].size + size > self._limit:
+                if self._shards:
+                    self._shards[-1].finish()
+                self._shards.append(_Shard(self._folder / _PART.format(len(self._shards))))
+            self._shards[-1].add(name, held)
+        except OSError as error:
+            raise self._unwritable(error) from error
         self.total_bytes += size
         self.digests[name] = tensor_sha256(name, held)
 
@@ -76,37 +147,32 @@ class ShardWriter:
         Raises:
             WorkError: nothing was added, or the disk refuses.
         """
-        if self._held:
-            self._flush()
         if not self._shards:
             raise WorkError(f"{self._folder}: no tensors to write")
+        try:
+            self._shards[-1].finish()
+        except OSError as error:
+            raise self._unwritable(error) from error
         self._closed = True
         count = len(self._shards)
         files: list[Path] = []
         where: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
+        for index, shard in enumerate(self._shards):
             final = (
                 SINGLE_FILE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             )
-            os.replace(self._folder / _PART.format(index), self._folder / final)
+            os.replace(shard.path, self._folder / final)
             files.append(self._folder / final)
-            where.update(dict.fromkeys(names, final))
+            where.update(dict.fromkeys(shard.entries, final))
         if count > 1:
             files.append(self._write_index(where))
         return files
 
-    def _flush(self) -> None:
-        path = self._folder / _PART.format(len(self._shards))
-        try:
-            path.touch()  # save_file alone makes files that only their owner can read
-            mode = path.stat().st_mode
-            save_file(self._held, str(path), metadata={"format": "pt"})
-            path.chmod(mode)
-        except (OSError, SafetensorError) as error:
-            raise WorkError(f"{path}: cannot be written ({error})") from error
-        self._shards.append(list(self._held))
-        self._held = {}
-        self._held_bytes = 0
+    def _unwritable(self, error: OSError) -> WorkError:
+        path = self._shards[-1].path
+        for shard in self._shards:
+            shard.drop()
+        return WorkError(f"{path}: cannot be written ({error})")
 
     def _write_index(self, where: dict[str, str]) -> Path:
         path = self._folder / INDEX_FILE
