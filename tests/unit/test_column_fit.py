@@ -10,12 +10,14 @@ from torch import Tensor
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.grid import Grid
+from crossbit.recipe import CrossFold
 from crossbit.transforms.column_fit import (
     fit_factor,
     input_error,
     rounding_error,
     weight_error,
 )
+from crossbit.transforms.cross_fold import choose
 from crossbit.transforms.search import Candidate, FoldProblem, search
 
 COLUMNS = 64
@@ -95,6 +97,27 @@ def test_it_beats_every_power_of_the_maxima_on_unseen_tokens(bits: int) -> None:
     f = fit_factor(x, [weight], [grid], best.factor, divisor=activations.effective_divisor)
     fitted = search(problem, [Candidate(0, f)])
     assert min(fitted.losses.values()) < 0.9 * min(best.losses.values())
+
+
+def test_the_search_fits_where_there_are_enough_tokens() -> None:
+    x, weight, grid = heavy(400), normal(48, COLUMNS, seed=7).float(), Grid(8, strategy="channel")
+
+    def chosen(tokens: int, activations: ActivationGrid | None, **options: bool) -> set[str]:
+        problem = FoldProblem(
+            [weight], [grid], activations, x.abs().amax(0), x.abs().mean(0), heavy(100, 9),
+            fitting=x[:tokens],
+        )  # fmt: skip
+        choice = choose(problem, CrossFold(**options))
+        assert choice.losses[choice.label] == min(choice.losses.values())
+        return set(choice.losses)
+
+    with_fit = {"fitted", "0.4 of rms", "0.5 of rms", "0.6 of rms"}
+    assert with_fit <= chosen(256, ActivationGrid(8))
+    plain = chosen(256, ActivationGrid(8), fit=False)
+    assert not with_fit & plain
+    assert chosen(255, ActivationGrid(8)) == plain
+    assert chosen(256, None) == plain
+    assert chosen(256, ActivationGrid(8, "per_tensor_static")) == plain
 
 
 def test_shared_channels_get_one_factor_and_dead_ones_a_finite_one() -> None:

@@ -24,10 +24,11 @@ from crossbit.models.checkpoint import Checkpoint, check_finite
 from crossbit.models.shell import Shell
 from crossbit.recipe import Activations, CrossFold, Gptq, Recipe, Rtn
 from crossbit.runtime.install import QuantizedLayer, install
+from crossbit.transforms.column_fit import MIN_TOKENS
 
 TOKENS_AT_ONCE = 1024  # a batch of sequences through a block
 SAMPLE_TOKENS = 4096  # held-out tokens kept a layer input, before massive ones are dropped
-FITTING_TOKENS = 16384  # the same of the fitting sequences, for fits
+FITTING_TOKENS = 16384  # the same of the fitting sequences, for fits; more for very wide layers
 
 Write = Callable[[int, nn.Module, dict[str, QuantizedLayer]], dict[str, Tensor]]
 
@@ -204,12 +205,13 @@ def _observe(
     (count, length), held = entering.shape[:2], _holdout(job)
     stride = max(1, held * length // SAMPLE_TOKENS)
     sampling, fits = _wants_sample(job), _wants_fitting(job)
-    every = max(1, -(-(count - held) * length // FITTING_TOKENS))
+    seen = (count - held) * length
 
     def fitting(stats: InputStatistics, x: Tensor) -> None:
         stats.add(x)
         if fits:
-            stats.add_fitting(x.reshape(-1, x.shape[-1])[::every])
+            wanted = max(FITTING_TOKENS, MIN_TOKENS * stats.columns)
+            stats.add_fitting(x.reshape(-1, x.shape[-1])[:: max(1, -(-seen // wanted))])
 
     def holding(stats: InputStatistics, x: Tensor) -> None:
         stats.add_hessian_only(x)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from crossbit.grid import Grid
 
+MIN_TOKENS = 4  # a channel: with fewer a fit learns the tokens, not the columns
 STEPS = 150
 TOKENS = 384  # a minibatch
 ROWS = 512  # of each weight, a step

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossbit.recipe import CrossFold
-from crossbit.transforms.column_fit import fit_factor
+from crossbit.transforms.column_fit import MIN_TOKENS, fit_factor
 from crossbit.transforms.search import Candidate, FoldChoice, FoldProblem, normalised, search
 
 FITTED = "fitted"
@@ -64,6 +64,14 @@ def fitted(problem: FoldProblem, start: FoldChoice) -> FoldChoice:
     return replace(start, losses=losses)
 
 
+def _can_fit(problem: FoldProblem) -> bool:
+    """Inputs with one step a token, as the fit's error terms have them, and enough tokens."""
+    if problem.activations is None or problem.activations.kind != "per_token":
+        return False
+    assert problem.fitting is not None
+    return problem.fitting.shape[0] >= MIN_TOKENS * problem.fitting.shape[1]
+
+
 def choose(problem: FoldProblem, config: CrossFold) -> FoldChoice:
     """The factor of one group: fixed alpha, or the candidate with the least output error.
 
@@ -81,9 +89,7 @@ def choose(problem: FoldProblem, config: CrossFold) -> FoldChoice:
             for x in candidates
             if x.parameter < 1.0
         ]
-    # The error terms of the fit are those of one step a token.
-    per_token = problem.activations is not None and problem.activations.kind == "per_token"
-    if not (config.fit and per_token and problem.fitting is not None):
+    if not config.fit or problem.fitting is None or not _can_fit(problem):
         return search(problem, candidates)
     rms = problem.fitting.float().square().mean(0).sqrt()
     candidates += [Candidate(a, cross_factor(rms, a), "of rms") for a in RMS_ALPHAS]
