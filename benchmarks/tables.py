@@ -165,20 +165,19 @@ def findings(results: dict[str, dict[str, Any]], model: str, title: str) -> list
         return []
     lines = [f"### {title}: activation modes (fake-quant, weights INT8) and kernels", ""]
     lines += [
-        "| mode | bits | alpha | kernel | perplexity | loss | +- |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | kernel | perplexity | loss | +- |",
+        "|---|---|---|---|---|",
     ]
     for mode in found.get("modes", []):
         cells = [
-            mode.get("mode"),
-            mode.get("bits"),
-            mode.get("alpha"),
+            mode.get("name"),
             _percent(mode.get("kernel")),
             _figure(mode.get("perplexity")),
             _percent(mode.get("loss")),
             _percent(mode.get("loss_stderr")),
         ]
         lines.append("| " + " | ".join("" if c is None else str(c) for c in cells) + " |")
+    lines += _folded(results, model, len(found["modes"][0]["losses"]))
     removal = found.get("remove_kernel", {})
     lines += ["", f"Remove-kernel curve (threshold {_percent(removal.get('threshold'))}):", ""]
     lines += ["| removed | perplexity |", "|---|---|"]
@@ -188,6 +187,23 @@ def findings(results: dict[str, dict[str, Any]], model: str, title: str) -> list
             f"{_figure(point.get('perplexity'))} |"
         )
     return [*lines, ""]
+
+
+def _folded(results: dict[str, dict[str, Any]], model: str, windows: int) -> list[str]:
+    """CrossQuant folded and exported, on the same first windows, where it was measured."""
+    lines = []
+    for name, head in (("crossquant-w8a8-float-head", "float"), ("crossquant-w8a8", "INT8")):
+        made = results.get(f"{model}-{name}")
+        originals = [v for k, v in results.items() if k.startswith(f"{model}-original-")]
+        if made is None or not originals:
+            continue
+        losses, original = made["losses"][:windows], originals[0]["losses"][:windows]
+        paired = paired_loss(losses, original)
+        value = f"{perplexity(losses).value:.3f}"
+        cells = [value, _percent(paired.value), _percent(paired.stderr)]
+        what = f"W8A8 CrossQuant folded, searched factors, GPTQ, {head} head, exported"
+        lines.append(f"| {what} | | {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def _percent(value: Any) -> str | None:
