@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from crossbit.errors import WorkError
+from crossbit.safetensors_format import DTYPES, file_head, raw_bytes
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _KEY = "hidden"
 
 
@@ -37,7 +36,7 @@ class Stream:
                 size = int.from_bytes(file.read(8), "little")
                 entry = json.loads(file.read(size))[_KEY]
             self.shape: tuple[int, ...] = tuple(entry["shape"])
-            self.dtype = _DTYPES[entry["dtype"]]
+            self.dtype = DTYPES[entry["dtype"]]
             self._start = 8 + size
             self._sequence = math.prod(self.shape[1:]) * self.dtype.itemsize
             whole = path.stat().st_size == self._start + self.shape[0] * self._sequence
@@ -53,7 +52,7 @@ class Stream:
         """Sequences [start, stop) as a tensor [stop - start, L, D] of the caller's own."""
         stop = min(stop, self.shape[0])
         data = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
-        view = _bytes(data)
+        view = raw_bytes(data)
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self._start + start * self._sequence)
@@ -82,14 +81,10 @@ class StreamWriter:
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.tmp")
-        size = math.prod(shape) * dtype.itemsize
-        entry = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
-        header = json.dumps({_KEY: entry}).encode()
-        header += b" " * (-len(header) % 8)
-        self._left = size
+        self._left = math.prod(shape) * dtype.itemsize
         try:
             self._file = self._temporary.open("wb", buffering=0)
-            self._put(memoryview(len(header).to_bytes(8, "little") + header))
+            self._put(memoryview(file_head({_KEY: (dtype, shape)})))
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -107,7 +102,7 @@ class StreamWriter:
 
     def append(self, part: Tensor) -> None:
         """The next sequences [n, L, D]."""
-        data = _bytes(part.detach().cpu().contiguous())
+        data = raw_bytes(part)
         self._left -= len(data)
         assert self._left >= 0
         try:
@@ -137,8 +132,3 @@ class StreamWriter:
             f"{self.path}: cannot be written ({error}); free some disk space and run again with "
             "--resume"
         )
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

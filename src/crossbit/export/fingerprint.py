@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor
+
+from crossbit.safetensors_format import raw_bytes
 
 
 def tensor_sha256(name: str, tensor: Tensor) -> str:
@@ -17,6 +18,5 @@ def tensor_sha256(name: str, tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = "x".join(map(str, tensor.shape))
     digest.update(f"{name}\0{dtype}\0{shape}\0".encode())
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(data.numpy().data)
+    digest.update(raw_bytes(tensor))
     return digest.hexdigest()

@@ -1,12 +1,8 @@
-"""Streaming tensors into safetensors shards with an index, one tensor in memory at a time.
-
-The library's writer takes all tensors of a file at once: a shard of 2 GB would be 2 GB of memory.
-"""
+"""Streaming tensors into safetensors shards with an index, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -20,21 +16,10 @@ from crossbit.cache import atomic_write
 from crossbit.errors import WorkError
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.models.validate import INDEX_FILE, SINGLE_FILE
+from crossbit.safetensors_format import file_head, raw_bytes
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
 _PART = ".writing-{:05d}.safetensors"
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass
@@ -54,7 +39,7 @@ class _Shard:
         width = tensor.dtype.itemsize
         if width not in self._files:
             self._files[width] = self._data(width).open("wb")
-        self._files[width].write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._files[width].write(raw_bytes(tensor))
         self.entries[name] = (tensor.dtype, tuple(tensor.shape))
         self.size += tensor.numel() * width
 
@@ -63,21 +48,10 @@ class _Shard:
 
     def finish(self) -> None:
         """Write the file; the raw data go."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        widths = sorted(self._files, reverse=True)
-        offset = 0
-        for width in widths:
-            for name, (dtype, shape) in self.entries.items():
-                if dtype.itemsize == width:
-                    end = offset + math.prod(shape) * width
-                    place = {"data_offsets": [offset, end]}
-                    header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), **place}
-                    offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        ordered = sorted(self.entries.items(), key=lambda entry: -entry[1][0].itemsize)
         with self.path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for width in widths:
+            file.write(file_head(dict(ordered), {"format": "pt"}))
+            for width in sorted(self._files, reverse=True):
                 self._files[width].close()
                 with self._data(width).open("rb") as data:
                     shutil.copyfileobj(data, file, 1 << 20)

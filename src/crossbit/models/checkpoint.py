@@ -14,22 +14,7 @@ from torch import Tensor
 
 from crossbit.errors import InputError, WorkError
 from crossbit.models.validate import WeightLayout, weight_layout
-
-# The names of the safetensors format.
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from crossbit.safetensors_format import DTYPES
 
 # Elements of a tensor looked at in one go, so that the check needs little memory.
 _CHUNK = 1 << 22
@@ -98,7 +83,7 @@ class Checkpoint:
         """Dtype of tensor ``name``, from the header."""
         stored = str(self._slice(name).get_dtype())
         try:
-            return _DTYPES[stored]
+            return DTYPES[stored]
         except KeyError:
             raise InputError(
                 f"{self._file_of(name)}: {name} has dtype {stored}, which is not supported"
