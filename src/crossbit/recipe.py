@@ -140,6 +140,11 @@ class Gptq(_Strict):
     clip: Literal["none", "mse", "hessian"] = "hessian"
     refine: int = Field(2, ge=0)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``crossbit.solvers.gptq.gptq``."""
+        return self.model_dump(exclude={"kind"})
+
 
 Solver = Annotated[Rtn | Gptq, Field(discriminator="kind")]
 

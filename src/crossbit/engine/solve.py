@@ -106,17 +106,8 @@ def _solve_gptq(
         and plan.layers[n].solver == solver
     ]
     weights = [_weight(block, n) for n in alike]
-    results = gptq_many(
-        weights,
-        point.statistics.hessian_matrix(),
-        layer.weights,
-        block_size=solver.block_size,
-        act_order=solver.act_order,
-        damp=solver.damp,
-        damping=solver.damping,
-        clip=solver.clip,
-        refine=solver.refine,
-    )
+    hessian = point.statistics.hessian_matrix()
+    results = gptq_many(weights, hessian, layer.weights, **solver.options)
     solved = {}
     for n, weight, result in zip(alike, weights, results, strict=True):
         note = f"damping {result.damp_used:g}" if result.damp_used != solver.damp else ""

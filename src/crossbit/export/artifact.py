@@ -116,17 +116,7 @@ def _round_rows(weight: Tensor, grid: Grid) -> QTensor:
 def _solve_rows(weight: Tensor, grid: Grid, hessian: Tensor, solver: Gptq) -> QTensor:
     """The same with GPTQ, for the head: its logits are what the model is judged by."""
     parts = [
-        gptq(
-            part.float(),
-            hessian,
-            grid,
-            block_size=solver.block_size,
-            act_order=solver.act_order,
-            damp=solver.damp,
-            damping=solver.damping,
-            clip=solver.clip,
-            refine=solver.refine,
-        ).qtensor
+        gptq(part.float(), hessian, grid, **solver.options).qtensor
         for part in torch.split(weight, _ROWS)
     ]
     return _joined(parts)
