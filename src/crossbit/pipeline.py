@@ -24,7 +24,7 @@ from crossbit.engine.plan import ModelPlan, make_plan
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import WorkDir
 from crossbit.errors import InputError, WorkError
-from crossbit.export.artifact import block_tensors, quantize_outside
+from crossbit.export.artifact import block_tensors, quantize_outside, round_embedding
 from crossbit.models.checkpoint import Checkpoint, scan_finite
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_config, open_tokenizer
@@ -271,8 +271,9 @@ def check_length(config: Any, length: int) -> None:
 def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
     shell, dtype = prepared.shell, prepared.dtype
     shell.load_outside(prepared.checkpoint, dtype)
-    # Calibration text enters the blocks through the quantized embedding.
-    quantize_outside(shell, prepared.plan, dtype)
+    if prepared.ids is not None and directory.stream(directory.next_block(streams=True)) is None:
+        # Calibration text enters the blocks through the quantized embedding.
+        round_embedding(shell, prepared.plan)
     release_memory()
 
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:

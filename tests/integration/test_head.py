@@ -17,6 +17,7 @@ from crossbit.export.artifact import quantize_outside
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.opening import open_config
 from crossbit.models.shell import Shell
+from crossbit.packing import unpack
 from crossbit.recipe import Gptq, Recipe
 from crossbit.solvers.hessian import HessianAccumulator
 
@@ -68,6 +69,11 @@ def test_the_solved_head_errs_less_than_the_rounded_one(tied: bool, tmp_path: Pa
             hessian = accumulator.finish()
         tensors = quantize_outside(shell, plan, torch.float32, hessian, Gptq())
         embeddings[name] = tensors["model.embed_tokens.weight"]
+        head = shell.model.get_submodule(shell.structure.head).weight
+        codes = (
+            embeddings[name] if tied else unpack(tensors["lm_head.weight_packed"], 8, head.shape[1])
+        )
+        head.copy_(codes * tensors["lm_head.weight_scale"].float())
         errors[name] = float((shell.logits(hidden) - exact).square().mean())
     assert errors["solved"] < 0.7 * errors["rounded"]
     # The input side of an untied model is rounded either way.

@@ -57,6 +57,15 @@ def outside_schemes(structure: ModelStructure, plan: ModelPlan) -> dict[str, Qua
     return schemes
 
 
+def round_embedding(shell: Shell, plan: ModelPlan) -> None:
+    """Let the shell go on with the embedding rounded to its grid, if it has one."""
+    if plan.embedding is None:
+        return
+    weight = shell.model.get_submodule(shell.structure.embedding).weight.data
+    for part in torch.split(weight, _ROWS):  # views: written in place
+        part.copy_(_round_rows(part, plan.embedding).dequantize())
+
+
 def quantize_outside(
     shell: Shell,
     plan: ModelPlan,
@@ -64,7 +73,7 @@ def quantize_outside(
     hessian: Tensor | None = None,
     solver: Gptq | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors of everything outside the blocks; the shell goes on with the quantized values.
+    """Tensors of everything outside the blocks in their exported form.
 
     Args:
         shell: embedding, norms and head loaded.
@@ -96,12 +105,6 @@ def quantize_outside(
         if name.startswith(prefix) or module in schemes:
             continue
         tensors[checkpoint_name(structure.family, name)] = parameter.detach().to(dtype)
-    for module, qtensor in solved.items():
-        target = shell.model.get_submodule(module).weight
-        for start in range(0, target.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            part = QTensor(qtensor.codes[rows], qtensor.scale[rows], None, qtensor.grid)
-            target.data[rows].copy_(part.dequantize())
     return tensors
 
 

@@ -31,7 +31,10 @@ class _Reached(Exception):  # noqa: N818 - control flow, not an error
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: records its arguments and passes the hidden state (or `emit`) on."""
+    """Stands in for a block (or, with `stop`, the head): records what it reads, then passes it on.
+
+    What is passed on is the hidden state, or `emit` in its place.
+    """
 
     def __init__(self, *, stop: bool = False, emit: Tensor | None = None) -> None:
         super().__init__()
@@ -47,19 +50,6 @@ class _Recorder(nn.Module):
         if self.stop:
             raise _Reached
         return hidden_states if self.emit is None else self.emit
-
-
-class _HeadReader(nn.Module):
-    """Stands in for the head: keeps what it reads and ends the forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Record, then stop."""
-        self.seen = x
-        raise _Reached
 
 
 class _Zeros(nn.Module):
@@ -330,23 +320,25 @@ class Shell:
             inputs = torch.zeros(
                 1, length, embedding.embedding_dim, dtype=dtype, device=self.device
             )
-            stubbed = self._outside_linears_stubbed()
+            # Projections before the blocks (OPT) must not object to a dtype other than their own.
+            before = {n: self.model.get_submodule(n) for n in self.structure.outside[1:]}
+            stubbed = self._replaced({n: _Zeros(m.out_features) for n, m in before.items()})
             with self._recording(recorders), stubbed, suppress(_Reached):
                 self.model(inputs_embeds=inputs, use_cache=False)
             self._kwargs[key] = [r.kwargs for r in recorders]
         return self._kwargs[key]
 
     @contextmanager
-    def _outside_linears_stubbed(self) -> Iterator[None]:
-        """Projections before the blocks (OPT) must not object to a dtype other than their own."""
-        originals = {n: self.model.get_submodule(n) for n in self.structure.outside[1:]}
-        for name, linear in originals.items():
-            self.model.set_submodule(name, _Zeros(linear.out_features))
+    def _replaced(self, stand_ins: dict[str, nn.Module]) -> Iterator[None]:
+        """Other modules in the places of the named ones, for the moment."""
+        originals = {name: self.model.get_submodule(name) for name in stand_ins}
+        for name, stand_in in stand_ins.items():
+            self.model.set_submodule(name, stand_in)
         try:
             yield
         finally:
-            for name, linear in originals.items():
-                self.model.set_submodule(name, linear)
+            for name, original in originals.items():
+                self.model.set_submodule(name, original)
 
     def run_block(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden state [B, L, D] through block `index`; gradients flow if enabled."""
@@ -358,13 +350,17 @@ class Shell:
 
         The hidden state is cast to the dtype of final norm and head. Gradients flow to it.
         """
+        return cast(Tensor, self._after_blocks(hidden).logits)
+
+    def _after_blocks(self, hidden: Tensor) -> Any:
+        """The model's output where ``hidden`` [B, L, D] leaves its last block."""
         dtype = self._loaded_dtype()
         recorders = [_Recorder() for _ in range(self.num_blocks)]
         recorders[-1].emit = hidden.to(self.device, dtype)
         embedding = self.model.get_submodule(self.structure.embedding)
         inputs = torch.zeros(1, 1, embedding.embedding_dim, dtype=dtype, device=self.device)
         with self._recording(recorders):
-            return cast(Tensor, self.model(inputs_embeds=inputs, use_cache=False).logits)
+            return self.model(inputs_embeds=inputs, use_cache=False)
 
     @torch.no_grad()
     def head_input(self, hidden: Tensor) -> Tensor:
@@ -372,21 +368,11 @@ class Shell:
 
         Works without the embedding and the head themselves (``free_outside``).
         """
-        dtype = self._loaded_dtype()
-        recorders = [_Recorder() for _ in range(self.num_blocks)]
-        recorders[-1].emit = hidden.to(self.device, dtype)
-        width = self.model.get_submodule(self.structure.embedding).embedding_dim
-        inputs = torch.zeros(1, 1, width, dtype=dtype, device=self.device)
-        head = self.model.get_submodule(self.structure.head)
-        reader = _HeadReader()
-        self.model.set_submodule(self.structure.head, reader)
-        try:
-            with self._recording(recorders), suppress(_Reached):
-                self.model(inputs_embeds=inputs, use_cache=False)
-        finally:
-            self.model.set_submodule(self.structure.head, head)
-        assert reader.seen is not None
-        return reader.seen
+        reader = _Recorder(stop=True)
+        with self._replaced({self.structure.head: reader}), suppress(_Reached):
+            self._after_blocks(hidden)
+        assert reader.hidden is not None
+        return reader.hidden
 
 
 def _set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
