@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import crossbit
+from benchmarks.quality import FLOAT_HEAD
 from benchmarks.store import once
 
 # One preset for each way in which layers are stored; folds, GPTQ and plain rounding among them.
@@ -28,7 +29,6 @@ PRESETS = (
     "crossquant-w4a4",
     "crossquant-w4a4-channel",
 )
-FLOAT_HEAD = ("embedding=null", "head=null")
 ASYMMETRIC = (
     "weights.symmetric=false",
     "weights.scale_dtype=float32",

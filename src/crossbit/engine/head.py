@@ -25,7 +25,7 @@ def head_hessian(job: Job, work: WorkDir) -> Tensor | None:
     if leaving is None:
         raise WorkError(f"{work.path}: the activations leaving the last block are missing")
     accumulator: HessianAccumulator | None = None
-    batch = batch_of(leaving)
+    batch = batch_of(leaving.shape[1])
     for start in range(0, leaving.shape[0], batch):
         x = job.shell.head_input(leaving.read(start, start + batch, job.shell.device))
         if accumulator is None:

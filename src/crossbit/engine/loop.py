@@ -95,7 +95,7 @@ def _entering(job: Job, work: WorkDir, block: int) -> Stream:
         raise WorkError(f"{work.path}: the activations entering block {block} are missing")
     assert job.ids is not None
     count, length = job.ids.shape
-    batch = max(1, TOKENS_AT_ONCE // length)
+    batch = batch_of(length)
     first = job.shell.embed(job.ids[:batch])
     with work.new_stream(0, (count, *first.shape[1:]), first.dtype) as writer:
         writer.append(first)
@@ -221,7 +221,7 @@ def _observe(
     runner = copy.deepcopy(block).to(job.dtype)
     kwargs = job.shell.block_kwargs(length, job.dtype)[index]
     with work.new_target((held, *entering.shape[1:]), entering.dtype) as writer:
-        for start, stop, take in _split(count, held, batch_of(entering), fitting, holding):
+        for start, stop, take in _split(count, held, batch_of(length), fitting, holding):
             handles = attach(runner, states, take)
             out = runner(entering.read(start, stop, job.shell.device), **kwargs)
             for handle in handles:
@@ -240,17 +240,18 @@ def _split(
             yield start, min(high, start + batch), take
 
 
-def batch_of(stream: Stream) -> int:
-    """Sequences a batch."""
-    return max(1, TOKENS_AT_ONCE // stream.shape[1])
+def batch_of(length: int) -> int:
+    """Sequences of ``length`` tokens a batch."""
+    return max(1, TOKENS_AT_ONCE // length)
 
 
 def _advance(
     job: Job, work: WorkDir, index: int, entering: Stream, target: Stream
 ) -> tuple[float, Stream]:
     """The stream through the quantized block: error on the target's sequences, what leaves it."""
-    count, batch = entering.shape[0], batch_of(entering)
-    kwargs = job.shell.block_kwargs(entering.shape[1], job.dtype)[index]
+    count, length = entering.shape[:2]
+    batch = batch_of(length)
+    kwargs = job.shell.block_kwargs(length, job.dtype)[index]
     held = count - target.shape[0]
     errors = []
     with work.new_stream(index + 1, entering.shape, entering.dtype) as writer:

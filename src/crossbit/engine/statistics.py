@@ -89,29 +89,19 @@ class InputStatistics:
         Massive tokens are left out: one of them would outweigh all others in a squared error,
         and the row scale gives it a grid of its own.
         """
-        x = x.reshape(-1, self.columns).float()
-        if x.shape[0]:
-            rows = x.abs().amax(1)
-            self._sample.append(x[rows <= MASSIVE_RATIO * rows.median()])
+        self._sample.append(_ordinary(x.reshape(-1, self.columns).float()))
 
     def add_fitting(self, x: Tensor) -> None:
         """Keep activations [..., K] of fitting sequences for fits, in their own dtype.
 
         Massive tokens are left out, as in ``add_sample``.
         """
-        x = x.reshape(-1, self.columns)
-        if x.shape[0]:
-            rows = x.abs().amax(1)
-            self._fitting.append(x[rows <= MASSIVE_RATIO * rows.median()])
+        self._fitting.append(_ordinary(x.reshape(-1, self.columns)))
 
     @property
     def fitting(self) -> Tensor:
         """Kept activations [T, K] of fitting sequences, folds accounted for."""
-        if not self._fitting:
-            return torch.zeros(0, self.columns)
-        if len(self._fitting) > 1:
-            self._fitting = [torch.cat(self._fitting)]
-        kept = self._fitting[0]
+        kept = self._joined(self._fitting)
         return kept if bool((self._factor == 1).all()) else kept / self._factor
 
     def _merge(self, top: Tensor, magnitude: Tensor) -> Tensor:
@@ -141,9 +131,13 @@ class InputStatistics:
     @property
     def sample(self) -> Tensor:
         """Held-out activations [S, K] float32."""
-        if len(self._sample) > 1:
-            self._sample = [torch.cat(self._sample)]
-        return self._sample[0] if self._sample else torch.zeros(0, self.columns)
+        return self._joined(self._sample)
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """Rows of all parts, which become one."""
+        if len(parts) != 1:
+            parts[:] = [torch.cat(parts) if parts else torch.zeros(0, self.columns)]
+        return parts[0]
 
     def rescale(self, factor: Tensor) -> None:
         """Account for X -> X / factor (a fold), factor [K]."""
@@ -172,3 +166,11 @@ class InputStatistics:
         assert self._matrix is not None
         inverse = 1.0 / factor
         self._matrix.mul_(inverse.unsqueeze(0)).mul_(inverse.unsqueeze(1))
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """The tokens of x [T, K] that are not massive."""
+    if x.shape[0] == 0:
+        return x
+    rows = x.abs().amax(1)
+    return x[rows <= MASSIVE_RATIO * rows.median()]

@@ -43,10 +43,7 @@ class Stream:
         except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
             whole = False
         if not whole:
-            raise self._damaged()
-
-    def _damaged(self) -> WorkError:
-        return WorkError(f"{self.path}: damaged; delete the work folder and start afresh")
+            raise damaged(path)
 
     def read(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """Sequences [start, stop) as a tensor [stop - start, L, D] of the caller's own."""
@@ -59,10 +56,10 @@ class Stream:
                 while view:
                     count = file.readinto(view)
                     if not count:
-                        raise self._damaged()
+                        raise damaged(self.path)
                     view = view[count:]
         except OSError:
-            raise self._damaged() from None
+            raise damaged(self.path) from None
         return data.to(device)
 
 
@@ -128,7 +125,16 @@ class StreamWriter:
         if hasattr(self, "_file"):
             self._file.close()
         self._temporary.unlink(missing_ok=True)
-        return WorkError(
-            f"{self.path}: cannot be written ({error}); free some disk space and run again with "
-            "--resume"
-        )
+        return unwritable(self.path, error)
+
+
+def damaged(path: Path) -> WorkError:
+    """For a file of the work folder that cannot be read."""
+    return WorkError(f"{path}: damaged; delete the work folder and start afresh")
+
+
+def unwritable(path: Path, error: Exception) -> WorkError:
+    """For a file of the work folder that the disk refuses."""
+    return WorkError(
+        f"{path}: cannot be written ({error}); free some disk space and run again with --resume"
+    )

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crossbit.engine.stream import Stream, StreamWriter
-from crossbit.errors import InputError, WorkError
+from crossbit.engine.stream import Stream, StreamWriter, damaged, unwritable
+from crossbit.errors import InputError
 
 MANIFEST = "manifest.json"
 
@@ -89,9 +89,7 @@ class WorkDir:
         try:
             data = json.loads((self.path / f"{name}.json").read_text("utf8"))
         except (OSError, ValueError):
-            raise WorkError(
-                f"{self.path / name}.json: damaged; delete the work folder and start afresh"
-            ) from None
+            raise damaged(self.path / f"{name}.json") from None
         assert isinstance(data, dict)
         return data
 
@@ -103,7 +101,7 @@ class WorkDir:
                 for key in sorted(file.keys()):
                     yield key, file.get_tensor(key)
         except (OSError, SafetensorError):
-            raise WorkError(f"{path}: damaged; delete the work folder and start afresh") from None
+            raise damaged(path) from None
 
     # -- activations --------------------------------------------------------------------------
 
@@ -158,14 +156,8 @@ class WorkDir:
             save_file(whole, str(temporary))
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise self._unwritable(name, error) from None
+            raise unwritable(self.path / name, error) from None
         os.replace(temporary, self.path / name)
-
-    def _unwritable(self, name: str, error: Exception) -> WorkError:
-        return WorkError(
-            f"{self.path / name}: cannot be written ({error}); free some disk space and run "
-            "again with --resume"
-        )
 
 
 def part_name(block: int) -> str:
