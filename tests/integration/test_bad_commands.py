@@ -10,28 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.running import Cli, short_run, write_text
+from tests.running import Cli, short_run
 from tests.tiny import tiny_folder
 
 import crossbit.pipeline
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("bad")
-    write_text(place / "text.txt")
-    return tiny_folder(place / "model", "llama")
-
-
 @pytest.fixture
 def text(source: Path) -> Path:
     return source.with_name("text.txt")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    monkeypatch.setenv("CROSSBIT_CACHE", str(tmp_path / "cache"))
-    return Cli(capsys, monkeypatch)
 
 
 # -- the other commands ---------------------------------------------------------------------------

@@ -16,17 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.model_folders import save_folder, tiny_tokenizer, write_gguf
-from tests.running import Cli, short_run, write_text
+from tests.running import Cli, short_run
 from tests.tiny import tiny_folder
 
 from crossbit.models.checkpoint import scan_finite
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("bad")
-    write_text(place / "text.txt")
-    return tiny_folder(place / "model", "llama")
 
 
 @pytest.fixture
@@ -55,12 +48,6 @@ class Refuse:
         message = ran.refusal
         assert sorted(self.out.parent.rglob("*")) == before
         return message
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    monkeypatch.setenv("CROSSBIT_CACHE", str(tmp_path / "cache"))
-    return Cli(capsys, monkeypatch)
 
 
 @pytest.fixture

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tests.pipelines import shorten, write_text
 from tests.tiny import BLOCKS, FAMILIES, tiny_config, tiny_folder
 
 import crossbit
@@ -60,16 +58,7 @@ CASES = [
 W8A8_LOSS = 0.01
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    shorten(monkeypatch)
-    yield
-    monkeypatch.undo()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "calibration.txt", 1)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

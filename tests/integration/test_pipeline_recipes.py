@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.pipelines import custom, run, shorten, write_text
+from tests.pipelines import custom, run
 from tests.tiny import BLOCKS, tiny_folder
 from transformers import AutoModelForCausalLM
 
 import crossbit
 from crossbit.verification import verify
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    shorten(monkeypatch)
-    yield
-    monkeypatch.undo()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "calibration.txt", 1)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("llama"), "llama")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def groups_of(folder: Path) -> list[dict[str, Any]]:
