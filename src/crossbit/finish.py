@@ -67,6 +67,9 @@ def finish(run: Run, work: WorkDir, output: OutputFolder, reporter: Reporter) ->
     run.peak["verify"] = peak_memory()
     result["time"] = {"total": time.monotonic() - run.started, "stages": run.stages}
     result["memory"] = {"peak_rss": peak_memory(), "stages": run.peak}
+    # Only now: the card says whether verification passed.
+    card = model_card(result, licence=None, base_model=run.folder.name)
+    atomic_write(staged / "README.md", card)
     _write_json(staged, result)
     write_report(result, staged)
     output.publish(staged)
@@ -259,8 +262,6 @@ def _verify(run: Run, staged: Path, digests: dict[str, str], result: dict[str, A
         logits=sketch_logits(own_logits(staged, ids, run.device)),
     )
     result["verify"] = record.to_dict()
-    card = model_card(result, licence=None, base_model=run.folder.name)
-    atomic_write(staged / "README.md", card)
     _write_json(staged, result)
     if run.recipe.research:
         return

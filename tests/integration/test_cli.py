@@ -82,6 +82,9 @@ def test_quantize_writes_a_whole_folder(place: Path) -> None:
     assert "crossbit-source.json" not in names
     assert sorted(p.name for p in place.iterdir() if p.name.startswith(("out", ".out"))) == ["out"]
     assert read(out / "crossbit.json") == read(place / "result.json")
+    card = (out / "README.md").read_text("utf8")
+    checks = len(read(out / "crossbit.json")["verify"]["checks"])
+    assert f"found it to be the model that was evaluated ({checks} checks)" in card
 
 
 def test_quantize_respects_the_umask(place: Path) -> None:
