@@ -19,6 +19,7 @@ from crossbit.recipe import (
     Smooth,
     Solver,
     WeightGrid,
+    first_solver,
     matches,
 )
 
@@ -115,7 +116,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         lambda r: any(
-            isinstance(solver, Gptq) and grid.group == "tensor"
+            isinstance(first_solver(solver), Gptq) and grid.group == "tensor"
             for grid, _, solver in _combinations(r)
         ),
         "GPTQ rounds column by column and cannot share one scale over the whole matrix",

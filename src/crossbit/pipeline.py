@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from crossbit.compat import check_model, check_recipe, warnings
 from crossbit.corpora import Corpus, calibration_windows, evaluation_windows, load_text
 from crossbit.device import check_device
 from crossbit.engine.head import head_hessian
-from crossbit.engine.loop import Job, needs_calibration, run_blocks
+from crossbit.engine.job import Job, needs_calibration
+from crossbit.engine.loop import run_blocks
 from crossbit.engine.plan import ModelPlan, make_plan
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import WorkDir
@@ -31,7 +33,7 @@ from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, read_result
-from crossbit.recipe import Calibration, Gptq, Recipe
+from crossbit.recipe import Calibration, Gptq, Recipe, first_solver
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.loader import own_dtype
@@ -271,9 +273,6 @@ def check_length(config: Any, length: int) -> None:
 def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
     shell, dtype = prepared.shell, prepared.dtype
     shell.load_outside(prepared.checkpoint, dtype)
-    if prepared.ids is not None and directory.stream(directory.next_block(streams=True)) is None:
-        # Calibration text enters the blocks through the quantized embedding.
-        round_embedding(shell, prepared.plan)
     release_memory()
 
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
@@ -289,12 +288,13 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
         prepared.ids,
         dtype,
         write,
+        partial(round_embedding, shell, prepared.plan),
     )
     run_blocks(job, directory, reporter)
     if not directory.has_part("outside"):
         # Last, for GPTQ's sake: the head is solved for what leaves the quantized blocks.
         hessian = head_hessian(job, directory)
-        solver = prepared.recipe.solver
+        solver = first_solver(prepared.recipe.solver)
         shell.load_outside(prepared.checkpoint, dtype)
         directory.save_part(
             "outside",

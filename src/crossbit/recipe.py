@@ -146,7 +146,73 @@ class Gptq(_Strict):
         return self.model_dump(exclude={"kind"})
 
 
-Solver = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+class TrainedRounding(_Strict):
+    """Rounding trained on the objective: LoRA-Rounding, AdaRound. See ``solvers.rounding``.
+
+    ``start`` makes the codes to begin with; ``steps`` says whether the weights' steps are trained
+    too (weight clipping).
+    """
+
+    kind: Literal["rounding"] = "rounding"
+    start: Annotated[Rtn | Gptq, Field(discriminator="kind")] = Gptq()
+    base: Literal["frac", "zero"] = "frac"
+    parameter: Literal["full", "low_rank"] = "full"
+    mode: Literal["straight_through", "sigmoid"] = "straight_through"
+    rank: int = Field(5, ge=1)
+    reach: float = Field(1.0, gt=0)
+    steps: bool = True
+
+
+Solver = Annotated[Rtn | Gptq | TrainedRounding, Field(discriminator="kind")]
+
+
+def first_solver(solver: Solver) -> Rtn | Gptq:
+    """The solver that makes integers of a weight in one go; training may follow."""
+    return solver.start if isinstance(solver, TrainedRounding) else solver
+
+
+class Objective(_Strict):
+    """What training minimises: the output error of a window of blocks (CBQ, arXiv 2312.07950).
+
+    Attributes:
+        window, overlap: blocks a window, and how many of them the next one shares.
+        expand: windows that grow at the first blocks, shrink at the last, or both.
+        largest: blocks of the largest expanding window; None is one more than ``window``.
+        homologous: weight of the target that the original blocks make of the quantized input,
+            beside the target from the original input, whose weight is 1.
+        norm: of the squared error, see ``crossbit.objective``.
+        kl, temperature: of the divergence between hidden states.
+        logits: weight of the divergence between logits in windows that end at the last block.
+    """
+
+    window: int = Field(2, ge=1)
+    overlap: int = Field(1, ge=0)
+    expand: Literal["none", "first", "last", "ends"] = "none"
+    largest: int | None = Field(None, ge=1)
+    homologous: float = Field(0.0, ge=0)
+    norm: Literal["sum", "mean", "token"] = "token"
+    kl: float = Field(0.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    logits: float = Field(0.0, ge=0)
+
+
+class Training(_Strict):
+    """How it is minimised. Rates are Adam's: ``rounding`` in steps, ``step`` in log steps.
+
+    ``regulariser`` and ``beta`` belong to mode "sigmoid": its weight, and its exponent at the start
+    and at the end of annealing, which begins after a fifth of the steps.
+    """
+
+    epochs: int = Field(3, ge=0)
+    batch: int = Field(4, ge=1)
+    rounding: float = Field(1e-2, gt=0)
+    step: float = Field(1e-3, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.05, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.99)
+    regulariser: float = Field(0.01, ge=0)
+    beta: tuple[float, float] = (20.0, 2.0)
+    retries: int = Field(2, ge=0)
 
 
 class Calibration(_Strict):
@@ -186,6 +252,8 @@ class Recipe(_Strict):
     activations: Activations | None = None
     transforms: tuple[Transform, ...] = ()
     solver: Solver = Rtn()
+    objective: Objective = Objective()
+    training: Training = Training()
     embedding: WeightGrid | None = WeightGrid(bits=8, group="channel")
     head: WeightGrid | None = WeightGrid(bits=8, group="channel")
     overrides: tuple[Override, ...] = ()
@@ -226,6 +294,18 @@ class Recipe(_Strict):
         """True if some layer uses an activation mode that no plain runtime executes."""
         kinds = [self.activations, *(o.activations for o in self.overrides)]
         return any(isinstance(a, Activations) and a.grid().research for a in kinds)
+
+    @property
+    def first_solvers(self) -> list[Rtn | Gptq]:
+        """How layers get their first integers: without an override, and in each override."""
+        solvers = [self.solver, *(o.solver for o in self.overrides if o.solver)]
+        return [first_solver(s) for s in solvers]
+
+    @property
+    def trains(self) -> bool:
+        """True if some layer's rounding is trained."""
+        solvers = [self.solver, *(o.solver for o in self.overrides)]
+        return any(isinstance(s, TrainedRounding) for s in solvers)
 
     @property
     def digest(self) -> str:
@@ -376,4 +456,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "awq_scale": AwqScale,
     "rtn": Rtn,
     "gptq": Gptq,
+    "rounding": TrainedRounding,
+    "objective": Objective,
+    "training": Training,
 }

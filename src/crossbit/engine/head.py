@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossbit.engine.loop import Job, batch_of
+from crossbit.engine.job import Job, batch_of
 from crossbit.engine.workdir import WorkDir
 from crossbit.errors import WorkError
-from crossbit.recipe import Gptq
+from crossbit.recipe import Gptq, first_solver
 from crossbit.solvers.hessian import HessianAccumulator
 
 
@@ -19,7 +19,11 @@ def head_hessian(job: Job, work: WorkDir) -> Tensor | None:
     Raises:
         WorkError: the activations that leave the last block are missing or damaged.
     """
-    if job.ids is None or job.plan.head is None or not isinstance(job.recipe.solver, Gptq):
+    if (
+        job.ids is None
+        or job.plan.head is None
+        or not isinstance(first_solver(job.recipe.solver), Gptq)
+    ):
         return None
     leaving = work.stream(job.shell.num_blocks)
     if leaving is None:

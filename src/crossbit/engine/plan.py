@@ -11,18 +11,28 @@ from crossbit.errors import InputError
 from crossbit.grid import Grid
 from crossbit.models.experts import is_expert
 from crossbit.models.structure import BlockStructure, InputGroup, LinearInfo, ModelStructure
-from crossbit.recipe import Activations, Gptq, Recipe, Rtn, WeightGrid, matches
+from crossbit.recipe import (
+    Activations,
+    Gptq,
+    Recipe,
+    Rtn,
+    TrainedRounding,
+    WeightGrid,
+    first_solver,
+    matches,
+)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one linear layer of a block."""
+    """What happens to one linear layer of a block; with ``rounding`` it is trained afterwards."""
 
     info: LinearInfo
     weights: Grid
     activations: ActivationGrid | None
     activation_config: Activations | None
     solver: Rtn | Gptq
+    rounding: TrainedRounding | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,12 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
                 # the dtype of the stored scale. What is evaluated is what they will run.
                 grid, activations = replace(grid, scale_dtype=torch.float32), None
             layers[info.name] = LayerPlan(
-                info, grid, activations.grid() if activations else None, activations, solver
+                info,
+                grid,
+                activations.grid() if activations else None,
+                activations,
+                first_solver(solver),
+                solver if isinstance(solver, TrainedRounding) else None,
             )
         blocks.append(BlockPlan(block, layers))
         _check_shared_inputs(block, layers)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import psutil
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 T = TypeVar("T")
 _PLAIN_SECONDS = 10.0
+_STATUS_SECONDS = 30.0
 
 
 def memory_gib() -> float:
@@ -44,10 +46,20 @@ class Reporter:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._update: Callable[[str], None] | None = None
+        self._said = -math.inf
 
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, soft_wrap=True, markup=False)
+
+    def status(self, text: str) -> None:
+        """What the item in work is doing: beside the live line, else a line now and then."""
+        if self._update is not None:
+            self._update(text)
+        elif not self.quiet and time.monotonic() - self._said >= _STATUS_SECONDS:
+            self._said = time.monotonic()
+            self.say(text)
 
     def track(self, items: Iterable[T], title: str, total: int) -> Iterator[T]:
         """Yield the items while showing how many are done, the time left and the memory in use."""
@@ -63,12 +75,21 @@ class Reporter:
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[memory]}"),
+                TextColumn("{task.fields[status]}"),
             )
             with Progress(*columns, console=self.console) as progress:
-                task = progress.add_task(title, total=total, memory="")
-                for item in items:
-                    yield item
-                    progress.update(task, advance=1, memory=f"{memory_gib():.2f} GiB")
+                task = progress.add_task(title, total=total, memory="", status="")
+
+                def update(text: str) -> None:
+                    progress.update(task, status=text, memory=f"{memory_gib():.2f} GiB")
+
+                self._update = update
+                try:
+                    for item in items:
+                        yield item
+                        progress.update(task, advance=1, memory=f"{memory_gib():.2f} GiB")
+                finally:
+                    self._update = None
             return
         started = last = time.monotonic()
         for done, item in enumerate(items, 1):

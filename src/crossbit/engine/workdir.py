@@ -6,6 +6,15 @@
     stream-00008.safetensors activations that enter block 8
     target.safetensors       outputs of the float block in work on the held-out sequences
 
+and, where rounding is trained (``engine.loop`` says what follows what)
+
+    teacher-00009.safetensors activations that enter block 9, the first that is not open yet, in the
+                             original model
+    window-00003.safetensors the open blocks when window 3 begins
+    training.safetensors     window, optimiser and progress of a training in work
+    best.safetensors         its best parameters so far
+    trained-00002.json       how the training of window 2 went
+
 Every file is written under a temporary name and renamed, so a file that exists is whole.
 """
 
@@ -116,6 +125,23 @@ class WorkDir:
         """
         return StreamWriter(self.path / "target.safetensors", shape, dtype)
 
+    def writer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StreamWriter:
+        """Write activations [S, L, D] under a name."""
+        return StreamWriter(self.path / f"{name}.safetensors", shape, dtype)
+
+    def named(self, name: str) -> Stream | None:
+        """Activations under a name, None if there are none.
+
+        Raises:
+            WorkError: the file is damaged.
+        """
+        path = self.path / f"{name}.safetensors"
+        return Stream(path) if path.exists() else None
+
+    def drop(self, name: str) -> None:
+        """Forget activations or a state, if they are there."""
+        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+
     def stream(self, block: int) -> Stream | None:
         """Activations that enter ``block``, None if they were not kept.
 
@@ -138,6 +164,39 @@ class WorkDir:
             block -= 1
         return block
 
+    # -- training -----------------------------------------------------------------------------
+
+    def save_state(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Write tensors and a record as one file, whole or not at all."""
+        self._write_tensors(f"{name}.safetensors", tensors, {"record": json.dumps(record)})
+
+    def has_state(self, name: str) -> bool:
+        """True if there is a state of that name."""
+        return (self.path / f"{name}.safetensors").exists()
+
+    def load_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What ``save_state`` wrote.
+
+        Raises:
+            WorkError: the file is damaged.
+        """
+        path = self.path / f"{name}.safetensors"
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                record = json.loads(file.metadata()["record"])
+                # Copies: the file may be replaced while its tensors are in use.
+                return {k: file.get_tensor(k).clone() for k in file.keys()}, record  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            raise damaged(path) from None
+
+    def names(self, prefix: str) -> list[str]:
+        """Files of the folder that begin with ``prefix``, without their endings, in order."""
+        return sorted({p.name.partition(".")[0] for p in self.path.glob(f"{prefix}*")})
+
+    def save_record(self, name: str, record: dict[str, Any]) -> None:
+        """Write a record that has no tensors."""
+        self._write_json(f"{name}.json", record)
+
     # -- files --------------------------------------------------------------------------------
 
     def _write_json(self, name: str, data: dict[str, Any]) -> None:
@@ -145,7 +204,9 @@ class WorkDir:
         temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", "utf8")
         os.replace(temporary, self.path / name)
 
-    def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _write_tensors(
+        self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
         temporary = self.path / f".{name}.tmp"
         whole: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
@@ -153,11 +214,21 @@ class WorkDir:
             if any(whole[key].data_ptr() == t.data_ptr() for k, t in whole.items() if k != key):
                 whole[key] = whole[key].clone()  # a tied matrix: files hold no shared memory
         try:
-            save_file(whole, str(temporary))
+            save_file(whole, str(temporary), metadata)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise unwritable(self.path / name, error) from None
         os.replace(temporary, self.path / name)
+
+
+def teacher_name(block: int) -> str:
+    """Name of the activations that enter ``block`` in the original model."""
+    return f"teacher-{block:05d}"
+
+
+def window_name(window: int) -> str:
+    """Name of the state at the beginning of a window."""
+    return f"window-{window:05d}"
 
 
 def part_name(block: int) -> str:

@@ -269,6 +269,10 @@ class Shell:
         self._blocks[index] = block
         return block
 
+    def place_block(self, index: int, block: nn.Module) -> None:
+        """Put a loaded block back in its place."""
+        self._blocks[index] = block
+
     def free_block(self, index: int) -> None:
         """Put the empty block back; whatever was loaded or changed there is dropped."""
         self._blocks[index] = self._empty[index]

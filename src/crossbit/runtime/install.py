@@ -39,6 +39,7 @@ def install(
     for group in structure.groups:
         memory = SharedInput()
         shared.update({name: memory for name in group.consumers if name in layers})
+    device = next(block.parameters()).device
     for name, layer in layers.items():
         linear = block.get_submodule(name)
         bias = getattr(linear, "bias", None)
@@ -53,8 +54,4 @@ def install(
             columns=layer.columns,
         )
         parent, _, child = name.rpartition(".")
-        setattr(block.get_submodule(parent), child, replacement.to(_device(linear)))
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+        setattr(block.get_submodule(parent), child, replacement.to(device))

@@ -30,10 +30,12 @@ class SharedInput:
     """Remembers the last quantized input, so that q, k and v quantize theirs once.
 
     The key is the identity of the tensor object and its version counter, never its content;
-    inputs that take part in autograd are not remembered.
+    inputs that take part in autograd are remembered only if ``differentiable``: layers of one
+    forward pass may share a graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, differentiable: bool = False) -> None:
+        self._differentiable = differentiable
         self._key: weakref.ref[Tensor] | None = None
         self._version = -1
         self._tag: Any = None
@@ -41,7 +43,8 @@ class SharedInput:
 
     def get(self, x: Tensor, tag: Any, compute: Callable[[], Any]) -> Any:
         """The value computed for ``x`` under ``tag``, from memory if it was the last one."""
-        if x.requires_grad or x.is_inference():  # no version counter in inference mode
+        # Tensors of inference mode have no version counter.
+        if (x.requires_grad and not self._differentiable) or x.is_inference():
             return compute()
         known = self._key() if self._key is not None else None
         if known is not x or self._version != x._version or self._tag != tag:

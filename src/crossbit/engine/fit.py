@@ -1,0 +1,296 @@
+"""Train the blocks of one window to reproduce what the original blocks make of the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from crossbit.engine.trained import TrainedBlock, TrainedLinear, layers_of, materialised
+from crossbit.recipe import Training
+from crossbit.solvers.rounding import limit, pull_back
+
+RISING = 1.5  # a held-out loss this many times the best one is a run that diverges
+ANNEAL_FROM = 0.2  # share of the steps before the regulariser of mode "sigmoid" begins
+
+# sequence numbers -> input [B, L, D] and the targets [B, L, D] of its output
+Read = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+# output, targets -> scalar
+Loss = Callable[[Tensor, list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a window is trained on.
+
+    Attributes:
+        blocks: in order.
+        read: where batches come from.
+        loss: of the last block's output.
+        fitting: numbers int64 of the sequences to train on.
+        held: numbers of those that judge.
+        settings: rates, epochs.
+        steps: whether weights' steps are trained, by layer (``layers_of``).
+        dtype: of computation.
+        seed: of the order of batches.
+        tokens: at most as many go through the blocks at once (a sequence at least).
+    """
+
+    blocks: Sequence[TrainedBlock]
+    read: Read
+    loss: Loss
+    fitting: Tensor
+    held: Tensor
+    settings: Training
+    steps: dict[str, bool]
+    dtype: torch.dtype
+    seed: int
+    tokens: int = 4096
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Optimiser steps; the last batch may be smaller."""
+        return -(-self.fitting.numel() // self.settings.batch)
+
+
+@dataclass
+class Progress:
+    """How far the training of a window is: with the parameters and the optimiser, all of it.
+
+    Attributes:
+        done: optimiser steps of this attempt.
+        attempt: 0, then one more each time it was rolled back.
+        before: held-out loss before training.
+        best: least held-out loss so far.
+        best_at: step of it; 0 is the start.
+        losses: mean training loss of each finished epoch, held-out loss after it.
+        running: sum of the training losses of the epoch in work.
+        events: what went wrong.
+    """
+
+    done: int = 0
+    attempt: int = 0
+    before: float = math.nan
+    best: float = math.inf
+    best_at: int = 0
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    running: float = 0.0
+    events: list[str] = field(default_factory=list)
+
+
+class Keeper(Protocol):
+    """Where a window's state is kept; ``crossbit.engine.window`` has the one on disk."""
+
+    def save_best(self) -> None:
+        """Remember the parameters as they are."""
+
+    def load_best(self) -> None:
+        """Make the parameters what was remembered last."""
+
+    def tick(self, progress: Progress, optimiser: Optimiser) -> None:
+        """Called after every step: time to save what resuming needs, or to show something."""
+
+
+class Optimiser:
+    """Adam over the parameters of every layer that is trained, a layer at a time."""
+
+    def __init__(self, task: Task) -> None:
+        self._rates = {"step": task.settings.step}
+        self._default = task.settings.rounding
+        self.each: dict[str, torch.optim.AdamW] = {}
+        self.keys: dict[str, list[str]] = {}
+        for name, layer in layers_of(task.blocks):
+            if layer.frozen:
+                continue
+            keys = [k for k in layer.state.parameters if k != "step" or task.steps[name]]
+            groups = [{"params": [layer.state.parameters[k]]} for k in keys]
+            self.keys[name] = keys
+            self.each[name] = torch.optim.AdamW(
+                groups, betas=task.settings.betas, eps=1e-16, weight_decay=0.0, fused=True
+            )
+
+    def update(
+        self, name: str, layer: TrainedLinear, gradients: dict[str, Tensor], factor: float
+    ) -> None:
+        """One step of a layer; learning rates times ``factor``."""
+        optimiser, parameters = self.each[name], layer.state.parameters
+        for group, key in zip(optimiser.param_groups, self.keys[name], strict=True):
+            group["lr"] = factor * self._rates.get(key, self._default)
+            parameters[key].grad = gradients[key]
+        optimiser.step()
+        for parameter in parameters.values():
+            parameter.grad = None
+        limit(layer.state)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything it remembers, named; the tensors are its own."""
+        for name, optimiser in self.each.items():
+            for key, group in zip(self.keys[name], optimiser.param_groups, strict=True):
+                for what, value in optimiser.state[group["params"][0]].items():
+                    yield f"{name}/{key}/{what}", value
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on with what ``state`` gave."""
+        for full, tensor in tensors.items():
+            rest, _, what = full.rpartition("/")
+            name, _, key = rest.rpartition("/")
+            group = self.each[name].param_groups[self.keys[name].index(key)]
+            self.each[name].state[group["params"][0]][what] = tensor
+
+
+def rate_factor(settings: Training, step: int, total: int) -> float:
+    """What learning rates are multiplied with at ``step`` (from 0) of ``total``."""
+    warm = round(settings.warmup * total)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    left = (total - step) / max(1, total - warm)
+    if settings.schedule == "constant":
+        return 1.0
+    return left if settings.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def fit(
+    task: Task, keeper: Keeper, progress: Progress | None, saved: dict[str, Tensor]
+) -> Progress:
+    """Train a window; its parameters end at the best held-out loss, never above the start's.
+
+    A loss that is not finite, or a held-out loss that rises, rolls the window back to its best
+    state and goes on at half the learning rates from the first step; after ``settings.retries`` of
+    that it stays there. A window whose best state is its start keeps its first integers.
+
+    Args:
+        task: the window.
+        keeper: holds states meanwhile.
+        progress: where an interrupted run was, None to begin.
+        saved: the optimiser's state then.
+
+    Returns:
+        How it went.
+    """
+    optimiser = Optimiser(task)
+    undecided = [layer for _, layer in layers_of(task.blocks) if layer.undecided]
+    if progress is None:
+        progress = Progress()
+        keeper.save_best()
+        progress.best = progress.before = held_out(task)
+        if undecided:
+            progress.before = held_out(task, first=True)
+    else:
+        optimiser.load(saved)
+    total = task.settings.epochs * task.steps_an_epoch
+    while progress.done < total:
+        value = _step(task, optimiser, progress, total)
+        progress.running += value
+        progress.done += 1
+        failed = "" if math.isfinite(value) else f"training loss {value} at step {progress.done}"
+        if not failed and progress.done % task.steps_an_epoch == 0:
+            failed = _judge(task, keeper, progress)
+        if failed:
+            progress.events.append(failed)
+            keeper.load_best()
+            if progress.attempt == task.settings.retries:
+                break
+            progress.attempt += 1
+            progress.done, progress.running = 0, 0.0
+            optimiser = Optimiser(task)
+        keeper.tick(progress, optimiser)
+    keeper.load_best()
+    if not progress.best < progress.before:
+        for layer in undecided:
+            layer.forget()
+        progress.best = progress.before
+        progress.events.append("training did not help: the window stays as it was")
+    for _, layer in layers_of(task.blocks):
+        layer.begun = True
+    return progress
+
+
+def _judge(task: Task, keeper: Keeper, progress: Progress) -> str:
+    """After an epoch: the held-out loss; what is wrong with it, if anything."""
+    found = held_out(task)
+    progress.losses.append((progress.running / task.steps_an_epoch, found))
+    progress.running = 0.0
+    if not found <= RISING * progress.best:
+        return f"held-out loss {found:.3g} after {progress.best:.3g}"
+    if found < progress.best:
+        progress.best, progress.best_at = found, progress.done
+        keeper.save_best()
+    return ""
+
+
+def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> float:
+    """One optimiser step; the loss before it."""
+    settings = task.settings
+    factor = rate_factor(settings, progress.done, total) * 0.5**progress.attempt
+    share = progress.done / max(1, total - 1)
+    annealed = max(0.0, share - ANNEAL_FROM) / (1 - ANNEAL_FROM)
+    beta = settings.beta[0] + (settings.beta[1] - settings.beta[0]) * annealed
+    regulariser = settings.regulariser if share >= ANNEAL_FROM else 0.0
+    batch = _batch(task, progress.done)
+    value = 0.0
+    with materialised(task.blocks, task.dtype, grad=True):
+        for part in _parts(task, batch):
+            with torch.enable_grad():
+                loss = _loss(task, part) * (part.numel() / batch.numel())
+                loss.backward()  # type: ignore[no-untyped-call]
+            value += float(loss.detach())
+        for name, layer in layers_of(task.blocks):
+            assert layer.weight is not None
+            if layer.weight.grad is None or not math.isfinite(value):
+                continue  # frozen, or an expert that no token of the batch reached
+            gradients = pull_back(
+                layer.state, layer.weight.grad, regulariser=regulariser, beta=beta
+            )
+            layer.weight = None
+            optimiser.update(name, layer, gradients, factor)
+    return value
+
+
+def _batch(task: Task, step: int) -> Tensor:
+    """Numbers of the sequences of a step: every epoch in an order of its own."""
+    epoch, at = divmod(step, task.steps_an_epoch)
+    generator = torch.Generator().manual_seed(task.seed * 7919 + epoch)
+    order = torch.randperm(task.fitting.numel(), generator=generator)
+    return task.fitting[order[at * task.settings.batch : (at + 1) * task.settings.batch]]
+
+
+def _parts(task: Task, batch: Tensor) -> Sequence[Tensor]:
+    length = task.read(batch[:1])[0].shape[1]
+    return torch.split(batch, max(1, task.tokens // length))
+
+
+def _loss(task: Task, batch: Tensor) -> Tensor:
+    x, targets = task.read(batch)
+    for block in task.blocks:
+        x = block.run(x)
+    return task.loss(x, targets)
+
+
+@torch.no_grad()
+def held_out(task: Task, *, first: bool = False) -> float:
+    """Mean loss of the hard weights over the held-out sequences.
+
+    With ``first``, layers whose training has not begun and which start undecided count as what they
+    would be without it.
+    """
+    total = 0.0
+    with materialised(task.blocks, task.dtype, hard=True, first=first):
+        for part in _parts(task, task.held):
+            total += float(_loss(task, part)) * part.numel()
+    return total / task.held.numel()
+
+
+def outcome(progress: Progress) -> dict[str, Any]:
+    """What the report says of a window's training."""
+    return {
+        "before": progress.before,
+        "after": progress.best,
+        "best_at": progress.best_at,
+        "epochs": [{"training": t, "held_out": h} for t, h in progress.losses],
+        "attempts": progress.attempt + 1,
+        "events": progress.events,
+    }

@@ -1,0 +1,234 @@
+"""Blocks whose weights are being trained: what stands in a linear layer's place meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crossbit.activations.grid import ActivationGrid
+from crossbit.activations.quantize import fake_quantize_activation, per_token_ste
+from crossbit.engine.opening import OpenBlock
+from crossbit.engine.plan import BlockPlan
+from crossbit.grid import QTensor
+from crossbit.recipe import TrainedRounding
+from crossbit.runtime.install import QuantizedLayer
+from crossbit.runtime.linear import SharedInput
+from crossbit.solvers.rounding import (
+    Rounding,
+    RoundingChoice,
+    fake_weight,
+    harden,
+    start_rounding,
+)
+
+
+class TrainedLinear(nn.Module):
+    """y = Q_x(x) What^T + bias, differentiable in x and What.
+
+    ``weight`` is there only while ``materialised``: What is made once a step however many batches
+    go through it.
+
+    Attributes:
+        state: the weight's rounding.
+        first: the integers before training.
+        frozen: nothing of it is trained.
+        begun: some window has trained it.
+    """
+
+    def __init__(
+        self,
+        state: Rounding,
+        first: QTensor,
+        bias: Tensor | None,
+        layer: QuantizedLayer,
+        shared: SharedInput,
+        *,
+        frozen: bool,
+    ) -> None:
+        super().__init__()
+        self.state = state
+        self.first = first
+        self.frozen = frozen
+        self.begun = False
+        self.activations: ActivationGrid | None = layer.activations
+        self.weight: Tensor | None = None
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("static_scale", layer.static_scale, persistent=False)
+        self.register_buffer("columns", layer.columns, persistent=False)
+        self._shared = shared
+
+    static_scale: Tensor | None
+    columns: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in the dtype of x."""
+        assert self.weight is not None, "not materialised"
+        if self.activations is not None:
+            tag = (self.activations, id(self.static_scale), id(self.columns))
+            x = self._shared.get(x, tag, lambda: self._input(x))
+        return F.linear(x, self.weight, self.bias)
+
+    def _input(self, x: Tensor) -> Tensor:
+        assert self.activations is not None
+        if self.activations.kind == "per_token":
+            return per_token_ste(x, self.activations)
+        return fake_quantize_activation(
+            x, self.activations, static_scale=self.static_scale, columns=self.columns
+        )
+
+    def hardened(self) -> QuantizedLayer:
+        """The layer as it would be written now."""
+        return QuantizedLayer(harden(self.state), self.activations, self.static_scale, self.columns)
+
+    @property
+    def undecided(self) -> bool:
+        """True if its hard weight is no sensible one yet: all rounded up."""
+        return self.state.choice.base == "zero" and not (self.begun or self.frozen)
+
+    def forget(self) -> None:
+        """Back to the integers before training, from where nothing moves it."""
+        self.state = start_rounding(self.first.dequantize(), self.first, RoundingChoice())
+        self.frozen = True
+
+
+@dataclass
+class TrainedBlock:
+    """A block in training.
+
+    Attributes:
+        index: of the block in the model.
+        module: the block, its planned layers replaced by ``TrainedLinear``.
+        layers: those, by relative name.
+        kwargs: keyword arguments of its forward.
+        record: what the report says of it.
+    """
+
+    index: int
+    module: nn.Module
+    layers: dict[str, TrainedLinear]
+    kwargs: dict[str, Any]
+    record: dict[str, Any]
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Hidden state [B, L, D] through the block; gradients flow if enabled."""
+        out = self.module(hidden, **self.kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def hardened(self) -> OpenBlock:
+        """The block as it will be written; the module goes with it."""
+        layers = {name: layer.hardened() for name, layer in self.layers.items()}
+        return OpenBlock(self.module, layers, record=self.record)
+
+
+def choice_of(rounding: TrainedRounding | None) -> RoundingChoice:
+    """The parametrisation that a recipe asks for; the plainest for a layer that is not trained."""
+    if rounding is None:
+        return RoundingChoice()
+    return RoundingChoice(
+        rounding.base, rounding.parameter, rounding.mode, rounding.rank, rounding.reach
+    )
+
+
+def make_trainable(
+    index: int,
+    opened: OpenBlock,
+    plan: BlockPlan,
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int,
+) -> TrainedBlock:
+    """Put ``TrainedLinear`` layers into an opened block, in place; its rest is cast to ``dtype``.
+
+    Args:
+        index: of the block.
+        opened: the block; layers that it does not start training from are frozen as they are.
+        plan: grids and parametrisations.
+        kwargs: of the block's forward.
+        dtype: of computation.
+        seed: of what starts at random.
+    """
+    states = {}
+    for number, (name, layer) in enumerate(opened.layers.items()):
+        weight = opened.starts.get(name)
+        if weight is None:
+            weight = layer.qtensor.dequantize()
+        choice = choice_of(plan.layers[name].rounding)
+        own = (seed * 1_000_003 + index) * 1009 + number
+        states[name] = start_rounding(weight, layer.qtensor, choice, seed=own)
+    return with_states(index, opened, plan, kwargs, dtype, states)
+
+
+def with_states(
+    index: int,
+    opened: OpenBlock,
+    plan: BlockPlan,
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    states: dict[str, Rounding],
+) -> TrainedBlock:
+    """``make_trainable`` with roundings that have begun already."""
+    module = opened.module
+    shared = {name: SharedInput(differentiable=True) for name in states}
+    for group in plan.structure.groups:
+        memory = SharedInput(differentiable=True)
+        shared.update({name: memory for name in group.consumers if name in states})
+    layers = {}
+    for name, state in states.items():
+        layer = opened.layers[name]
+        bias = getattr(module.get_submodule(name), "bias", None)
+        layers[name] = TrainedLinear(
+            state,
+            layer.qtensor,
+            None if bias is None else bias.detach(),
+            layer,
+            shared[name],
+            frozen=plan.layers[name].rounding is None,
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, layers[name])
+    module.to(dtype)
+    module.requires_grad_(False)
+    return TrainedBlock(index, module, layers, kwargs, opened.record)
+
+
+def layers_of(blocks: Iterable[TrainedBlock]) -> Iterator[tuple[str, TrainedLinear]]:
+    """All layers with names that are unique over the blocks."""
+    for block in blocks:
+        for name, layer in block.layers.items():
+            yield f"{block.index}/{name}", layer
+
+
+@contextmanager
+def materialised(
+    blocks: Iterable[TrainedBlock],
+    dtype: torch.dtype,
+    *,
+    hard: bool = False,
+    first: bool = False,
+    grad: bool = False,
+) -> Iterator[None]:
+    """Weights in place: ``hard`` as they would be stored, with ``grad`` as leaves of autograd.
+
+    With ``first``, undecided layers have the weights that they would have without training.
+    """
+    blocks = list(blocks)
+    try:
+        for _, layer in layers_of(blocks):
+            if first and layer.undecided:
+                weight = layer.first.dequantize().to(dtype)
+            elif hard and layer.state.choice.mode == "sigmoid":
+                weight = harden(layer.state).dequantize().to(dtype)
+            else:
+                weight = fake_weight(layer.state, dtype)
+            layer.weight = weight.requires_grad_(grad and not layer.frozen)
+        yield
+    finally:
+        for _, layer in layers_of(blocks):
+            layer.weight = None

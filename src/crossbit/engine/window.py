@@ -1,0 +1,260 @@
+"""Reconstruct one window of blocks: its targets, its batches, its state in the work folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossbit.engine.fit import Loss, Optimiser, Progress, Task, fit, outcome
+from crossbit.engine.job import Job, batch_of
+from crossbit.engine.live import pack, parameters_of
+from crossbit.engine.progress import Reporter, release_memory
+from crossbit.engine.stream import Stream
+from crossbit.engine.trained import TrainedBlock, layers_of, materialised
+from crossbit.engine.workdir import WorkDir
+from crossbit.objective import logit_kl, reconstruction_loss
+from crossbit.windows import Window
+
+SAVE_SECONDS = 60.0  # between two states of a window in training that a killed run goes on from
+_BEST, _TRAINING = "best", "training"
+
+
+@dataclass
+class Streams:
+    """Activations that the next window starts from.
+
+    Attributes:
+        entering: into its first block, after the quantized blocks before it.
+        teacher: into the first block that is not open yet, after the original blocks before it.
+    """
+
+    entering: Stream
+    teacher: Stream
+
+
+@dataclass
+class Interrupted:
+    """A window whose training was interrupted."""
+
+    progress: Progress
+    optimiser: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train_window(
+    job: Job,
+    work: WorkDir,
+    window: Window,
+    blocks: Sequence[TrainedBlock],
+    streams: Streams,
+    reporter: Reporter,
+    interrupted: Interrupted | None,
+) -> dict[str, Any]:
+    """Train the blocks of a window; what the report says of it.
+
+    Args:
+        job: the run.
+        work: where its state is kept.
+        window: which blocks.
+        blocks: those, opened.
+        streams: what enters the first and what leaves the last of the original ones.
+        reporter: told how it goes.
+        interrupted: where a killed run was.
+    """
+    started = time.monotonic()
+    objective = job.recipe.objective
+    homologous = _homologous(job, work, window, streams.entering) if objective.homologous else None
+    sources = [streams.teacher, *([homologous] if homologous is not None else [])]
+    count, held = streams.entering.shape[0], job.held_out
+
+    def read(numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
+        device = job.shell.device
+        return (
+            gather(streams.entering, numbers, device),
+            [gather(source, numbers, device) for source in sources],
+        )
+
+    logits = bool(objective.logits) and window.stop == job.shell.num_blocks
+    if logits:
+        job.shell.load_outside(job.checkpoint, job.dtype)
+    task = Task(
+        blocks=blocks,
+        read=read,
+        loss=_loss(job, logits),
+        fitting=torch.arange(count - held),
+        held=torch.arange(count - held, count),
+        settings=job.recipe.training,
+        steps={n: _trains_steps(job, b.index, n) for b in blocks for n, _ in layers_of([b])},
+        dtype=job.dtype,
+        seed=job.recipe.calibration.seed * 65_537 + window.index,
+    )
+    keeper = _Keeper(work, window, blocks, reporter, task)
+    progress = fit(
+        task,
+        keeper,
+        None if interrupted is None else interrupted.progress,
+        {} if interrupted is None else interrupted.optimiser,
+    )
+    if logits:
+        job.shell.free_outside()
+    for name in (_BEST, "homologous-0", "homologous-1"):
+        work.drop(name)
+    release_memory()
+    return {
+        "window": window.index,
+        "blocks": [window.start, window.stop - 1],
+        **outcome(progress),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def gather(stream: Stream, numbers: Tensor, device: torch.device) -> Tensor:
+    """The numbered sequences [B, L, D] of a stream."""
+    return torch.cat([stream.read(int(n), int(n) + 1, device) for n in numbers])
+
+
+def _trains_steps(job: Job, block: int, name: str) -> bool:
+    rounding = job.plan.blocks[block].layers[name.partition("/")[2]].rounding
+    return rounding is not None and rounding.steps
+
+
+def _loss(job: Job, logits: bool) -> Loss:
+    objective = job.recipe.objective
+    weights = (1.0, objective.homologous)
+
+    def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
+        total = torch.zeros(())
+        for weight, target in zip(weights, targets, strict=False):
+            total = total + weight * reconstruction_loss(
+                output,
+                target,
+                norm=objective.norm,
+                kl=objective.kl,
+                temperature=objective.temperature,
+            )
+        if logits:
+            with torch.no_grad():
+                wanted = job.shell.logits(targets[0])
+            total = total + objective.logits * logit_kl(job.shell.logits(output), wanted)
+        return total
+
+    return loss
+
+
+@torch.no_grad()
+def _homologous(job: Job, work: WorkDir, window: Window, entering: Stream) -> Stream:
+    """What the original blocks of the window make of the quantized input."""
+    stream = entering
+    for index in window.blocks:
+        stream = through_original(job, work, index, stream, f"homologous-{index % 2}")
+    work.drop(f"homologous-{window.stop % 2}")
+    return stream
+
+
+@torch.no_grad()
+def through_original(
+    job: Job, work: WorkDir, index: int, entering: Stream, name: str, *, held: bool = False
+) -> Stream:
+    """A stream through an original block, into the file ``name``.
+
+    Args:
+        job: the run.
+        work: where the file is.
+        index: of the block. Whatever stands in its place in the shell is put aside.
+        entering: activations that enter it.
+        name: of the new stream.
+        held: only the held-out sequences.
+    """
+    block = job.shell.load_block(index, job.checkpoint, job.dtype)
+    job.checkpoint.close()
+    count, length = entering.shape[:2]
+    first = count - job.held_out if held else 0
+    kwargs = job.shell.block_kwargs(length, job.dtype)[index]
+    batch = batch_of(length)
+    with work.writer(name, (count - first, *entering.shape[1:]), entering.dtype) as writer:
+        for start in range(first, count, batch):
+            out = block(entering.read(start, start + batch, job.shell.device), **kwargs)
+            writer.append(out[0] if isinstance(out, tuple) else out)
+        job.shell.free_block(index)
+        return writer.commit()
+
+
+@torch.no_grad()
+def through_trained(
+    job: Job, work: WorkDir, block: TrainedBlock, entering: Stream, name: str
+) -> Stream:
+    """A stream through a block in training as it is now, into the file ``name``."""
+    batch = batch_of(entering.shape[1])
+    with (
+        work.writer(name, entering.shape, entering.dtype) as writer,
+        materialised([block], job.dtype, hard=True, first=True),
+    ):
+        for start in range(0, entering.shape[0], batch):
+            writer.append(block.run(entering.read(start, start + batch, job.shell.device)))
+        return writer.commit()
+
+
+class _Keeper:
+    """States of a window in the work folder."""
+
+    def __init__(
+        self,
+        work: WorkDir,
+        window: Window,
+        blocks: Sequence[TrainedBlock],
+        reporter: Reporter,
+        task: Task,
+    ) -> None:
+        self._work, self._window, self._blocks = work, window, blocks
+        self._reporter, self._task = reporter, task
+        self._saved = self._began = time.monotonic()
+        self._steps = 0
+
+    def save_best(self) -> None:
+        """Remember the parameters as they are."""
+        self._work.save_state(_BEST, parameters_of(self._blocks), {"window": self._window.index})
+
+    def load_best(self) -> None:
+        """Make the parameters what was remembered last, in place."""
+        tensors, _ = self._work.load_state(_BEST)
+        for name, parameter in parameters_of(self._blocks).items():
+            parameter.copy_(tensors[name])
+
+    def tick(self, progress: Progress, optimiser: Optimiser) -> None:
+        """Save now and then; show how it goes."""
+        now = time.monotonic()
+        self._steps += 1
+        task = self._task
+        total = task.settings.epochs * task.steps_an_epoch
+        self._reporter.status(
+            f"blocks {self._window.start}-{self._window.stop - 1}: "
+            f"step {progress.done}/{total}, held-out loss {progress.before:.3g} -> "
+            f"{progress.best:.3g}, {(now - self._began) / self._steps:.2f} s a step"
+        )
+        if now - self._saved < SAVE_SECONDS:
+            return
+        tensors, record = pack(self._blocks)
+        tensors.update({f"optimiser/{n}": t for n, t in optimiser.state()})
+        self._work.save_state(
+            _TRAINING,
+            tensors,
+            {**record, "window": self._window.index, "progress": asdict(progress)},
+        )
+        self._saved = time.monotonic()
+
+
+def interrupted_training(work: WorkDir, window: Window) -> tuple[dict[str, Tensor], Any] | None:
+    """State and record of a training of ``window`` that was interrupted, None if there is none."""
+    if not work.has_state(_TRAINING):
+        return None
+    tensors, record = work.load_state(_TRAINING)
+    return (tensors, record) if record.get("window") == window.index else None
+
+
+def forget_training(work: WorkDir) -> None:
+    """Drop what ``interrupted_training`` finds: the window is done."""
+    work.drop(_TRAINING)
