@@ -131,6 +131,7 @@ class Cfp(_Strict):
     fence: float = Field(1.5, ge=0)
     spread: float = Field(1.0, ge=0)
     power: float = Field(0.5, ge=0, le=1)
+    gap: bool = True
     per_channel: bool = False
     judge: bool = False
 

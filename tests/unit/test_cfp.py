@@ -138,16 +138,16 @@ def test_spread_and_fence_have_their_meaning() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(magnitudes, st.integers(-20, 20), st.randoms(use_true_random=False))
+@given(magnitudes, st.booleans(), st.integers(-20, 20), st.randoms(use_true_random=False))
 def test_decision_survives_permutation_and_powers_of_two(
-    x: Tensor, exponent: int, random: Any
+    x: Tensor, gap: bool, exponent: int, random: Any
 ) -> None:
     x = x.where(x > 1e-6, 0.0)  # away from underflow
     order = list(range(x.numel()))
     random.shuffle(order)
-    found = detect(x)
-    assert detect(x[torch.tensor(order, dtype=torch.int64)]) == found
-    scaled = detect(x * 2.0**exponent)
+    found = detect(x, gap=gap)
+    assert detect(x[torch.tensor(order, dtype=torch.int64)], gap=gap) == found
+    scaled = detect(x * 2.0**exponent, gap=gap)
     assert (scaled.candidates, scaled.outliers) == (found.candidates, found.outliers)
     assert scaled.limit == found.limit * 2.0**exponent
     assert scaled.threshold == found.threshold * 2.0**exponent
@@ -220,6 +220,37 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert detect(planted().to(dtype)).outliers == 2
 
 
+def test_a_tail_without_gaps_has_no_outliers_where_a_gap_is_asked_for() -> None:
+    """M alone calls every candidate of a thinning tail an outlier."""
+    quantile = torch.linspace(0.5, 1, 20001, dtype=torch.float64)[:-1]
+    tail = torch.special.ndtri(quantile)  # half a normal distribution
+    plain, gap = detect(tail), detect(tail, gap=True)
+    assert plain.outliers > 0.9 * plain.candidates > 0
+    assert (gap.candidates, gap.outliers, gap.limit) == (plain.candidates, 0, math.inf)
+    spiked = torch.cat((tail, torch.tensor([20.0, 21.0, -0.0], dtype=torch.float64)))
+    assert detect(spiked, gap=True).outliers == 2
+    assert truncate(tail.reshape(100, -1)).limit is None
+    assert truncate(tail.reshape(100, -1), gap=False).fraction > 0.01
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(11, 200), min_size=1, max_size=30), st.integers(1, 10))
+def test_asking_for_a_gap_only_leaves_splits_out(values: list[int], bulk: int) -> None:
+    numbers = [float(v) for v in sorted(values)]
+    candidates = torch.tensor(numbers, dtype=torch.float64)
+    found = best_split(candidates, bulk, 1.0, gap=True)
+    below = [bulk, *numbers]
+    wide = [
+        k
+        for k in range(len(numbers))
+        if (numbers[k] - below[k]) ** 2 > float(candidates.var(correction=0))
+    ]
+    assert (found in wide) if wide else found == len(numbers)
+    if wide:
+        merits = {k: slow_merit(numbers, bulk, 1.0, k) for k in wide}
+        assert merits[found] == pytest.approx(max(merits.values()), rel=1e-9, abs=1e-6)
+
+
 # -- truncation -----------------------------------------------------------------------------------
 
 
@@ -247,21 +278,22 @@ def test_truncation_clamps_outliers_and_keeps_signs() -> None:
 @given(
     st.lists(st.floats(-100, 100, width=32), min_size=12, max_size=48),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_truncation_touches_nothing_below_the_threshold(
-    values: list[float], per_channel: bool, dtype: torch.dtype
+    values: list[float], per_channel: bool, gap: bool, dtype: torch.dtype
 ) -> None:
     w = torch.tensor(values[: len(values) // 4 * 4]).reshape(4, -1).to(dtype)
     before = w.clone()
-    result = truncate(w, per_channel=per_channel)
+    result = truncate(w, per_channel=per_channel, gap=gap)
     assert torch.equal(w, before)
     changed = result.weight != w
     assert int(changed.sum()) == round(result.fraction * w.numel())
     assert bool((result.weight.abs() <= w.abs()).all())
     assert bool((result.weight.sign() == w.sign()).all())
     for i, (row, mask) in enumerate(zip(w, changed, strict=True)):
-        found = detect(row.abs() if per_channel else w.abs())
+        found = detect(row.abs() if per_channel else w.abs(), gap=gap)
         assert not bool(mask[row.abs().double() <= found.threshold].any()), i
         assert bool((result.weight[i][mask].abs() == found.limit).all())
         assert bool((row[mask].abs() > found.limit).all())

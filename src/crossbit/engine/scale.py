@@ -94,7 +94,11 @@ def _truncate(
     for name, layer in plan.layers.items():
         weight = _weight(block, name)
         result = cfp.truncate(
-            weight, fence=config.fence, spread=config.spread, per_channel=config.per_channel
+            weight,
+            fence=config.fence,
+            spread=config.spread,
+            gap=config.gap,
+            per_channel=config.per_channel,
         )
         record: dict[str, Any] = {
             "group": plan.structure.group_of(name).name,
