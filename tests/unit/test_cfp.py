@@ -528,6 +528,20 @@ def test_scaling_alone_leaves_the_block_unchanged(folder: Path) -> None:
         assert float(left.max()) <= float(maxima[state.group.name].max())
 
 
+def test_float_inputs_are_not_scaled(folder: Path) -> None:
+    engine = Engine(
+        folder,
+        activations={"kind": "per_token"},
+        transforms=[{"kind": "cfp", "weights": False}],
+        overrides=[{"match": "down_proj", "activations": "none"}],
+    )
+    records = engine.transform()
+    skipped = [r for r in records if "skipped" in r]
+    assert [r["skipped"] for r in skipped] == ["its input is not quantized"]
+    assert len(records) == len(engine.states)
+    assert "mlp.down_proj.weight" not in engine.changed()
+
+
 def test_weights_are_truncated_before_the_fold(folder: Path) -> None:
     """The fold makes columns of outlier channels large: those are no outliers of the weights."""
     engine = Engine(folder, activations={"kind": "per_token"}, transforms=[{"kind": "cfp"}])

@@ -66,6 +66,11 @@ def apply_transforms(
             if group.source is None:
                 records.append({"group": group.name, "kind": config.kind, "skipped": group.reason})
                 continue
+            if isinstance(config, Cfp) and plan.group_activations(group) is None:
+                # Nothing to gain for a float input (experts have them), and weights to lose.
+                reason = "its input is not quantized"
+                records.append({"group": group.name, "kind": config.kind, "skipped": reason})
+                continue
             norms_only = isinstance(config, Smooth) and config.targets == "norms"
             if norms_only and not isinstance(group.source, NormSource):
                 continue
