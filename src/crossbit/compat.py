@@ -13,6 +13,7 @@ from crossbit.errors import InputError
 from crossbit.models.structure import ModelStructure
 from crossbit.recipe import (
     Activations,
+    Cfp,
     CrossFold,
     Gptq,
     Recipe,
@@ -150,6 +151,21 @@ RULES: tuple[Rule, ...] = (
         "points only if the whole model has that one scheme, with float32 scales",
         "weights {symmetric: false, scale_dtype: float32, group: channel or a number} with "
         "embedding: null, head: null and no overrides; symmetric weights; or quantized activations",
+    ),
+    Rule(
+        lambda r: (
+            not list(_activations(r))
+            and any(isinstance(t, Cfp) and t.activations for t in r.transforms)
+        ),
+        "cfp scales outlier channels of quantized activations, and this recipe has none",
+        "{kind: cfp, activations: false} to truncate weights only, or set activations",
+    ),
+    Rule(
+        lambda r: any(
+            isinstance(t, Cfp) and not t.activations and not t.weights for t in r.transforms
+        ),
+        "cfp with activations and weights both false does nothing",
+        "activations: true, weights: true, or no cfp",
     ),
 )
 

@@ -161,12 +161,23 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
 
 
 def _layer_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The layers of a block, each with the alpha that its group's fold chose, if there was one."""
-    groups = {f["group"]: f.get("label") for f in record["folds"] if f["kind"] == "cross_fold"}
+    """The layers of a block, each with what the transforms did to it.
+
+    ``alpha`` is what its group's CrossQuant fold chose. CFP: ``truncated`` is the fraction of its
+    weights that was, ``scaled`` the number of its input channels.
+    """
+    folds = record["folds"]
+    groups = {f["group"]: f.get("label") for f in folds if f["kind"] == "cross_fold"}
+    scaled = {f["group"]: f["scaled"] for f in folds if "scaled" in f}
+    truncated = {f["layer"]: f["truncated"] for f in folds if "truncated" in f}
     rows = [{**row, "block": record["block"]} for row in record["layers"]]
     for row in rows:
         if row["group"] in groups:
             row["alpha"] = groups[row["group"]]
+        if row["group"] in scaled:
+            row["scaled"] = scaled[row["group"]]
+        if row["name"] in truncated:
+            row["truncated"] = truncated[row["name"]]
     return rows
 
 

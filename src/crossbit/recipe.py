@@ -119,7 +119,24 @@ class AwqScale(_Strict):
     weight_term: bool = True
 
 
-Transform = Annotated[CrossFold | Smooth | AwqScale, Field(discriminator="kind")]
+class Cfp(_Strict):
+    """CBQ's coarse-to-fine preprocessing (arXiv 2312.07950): outliers scaled, or truncated.
+
+    ``activations`` folds factors of outlier channels, ``weights`` truncates outlier weights.
+    """
+
+    kind: Literal["cfp"] = "cfp"
+    activations: bool = True
+    weights: bool = True
+    fence: float = Field(1.5, ge=0)
+    spread: float = Field(1.0, ge=0)
+    power: float = Field(0.5, ge=0, le=1)
+    gap: bool = True
+    per_channel: bool = False
+    judge: bool = False
+
+
+Transform = Annotated[CrossFold | Smooth | AwqScale | Cfp, Field(discriminator="kind")]
 
 
 class Rtn(_Strict):
@@ -454,6 +471,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "cross_fold": CrossFold,
     "smooth": Smooth,
     "awq_scale": AwqScale,
+    "cfp": Cfp,
     "rtn": Rtn,
     "gptq": Gptq,
     "rounding": TrainedRounding,

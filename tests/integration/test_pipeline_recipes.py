@@ -135,3 +135,27 @@ def test_folding_nothing_is_per_token(llama: Path, text: Path, tmp_path: Path) -
     same = (tmp_path / "a" / "model.safetensors").read_bytes()
     assert same == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert same != (tmp_path / "c" / "model.safetensors").read_bytes()
+
+
+def test_cfp_is_compared_with_the_float_model(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Truncation is in the student alone: 8 bits hide nothing of it in the blocks' errors."""
+    weights = {"bits": 8, "group": "channel"}
+    activations = {"kind": "per_token"}
+    plain = run(llama, text, tmp_path / "a", custom(weights=weights, activations=activations))
+    # Candidates from the third quartile on: up to a quarter of all weights goes.
+    cfp = {"kind": "cfp", "fence": 0.0, "gap": False}
+    result = run(
+        llama,
+        text,
+        tmp_path / "b",
+        custom(weights=weights, activations=activations, transforms=[cfp]),
+    )
+    assert result["verify"]["passed"] is True
+    truncated = [row["truncated"] for row in result["layers"]]
+    assert len(truncated) == 7 * BLOCKS
+    assert max(truncated) > 0.05
+    assert any(row["scaled"] for row in result["layers"])
+    assert "truncated" not in plain["layers"][0]
+    errors = [r["relative_error"] for r in result["blocks"]]
+    assert min(errors) > 0.05
+    assert result["size"]["file_bytes"] == plain["size"]["file_bytes"]

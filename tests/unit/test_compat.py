@@ -208,6 +208,30 @@ CASES += [
     (9, {"weights": FLOAT_SCALES, **rest}, ("channel or a number", "no overrides"), [])
     for rest in NOT_ONE_SCHEME
 ]
+CFP_A8 = {"transforms": [{"kind": "cfp"}], "activations": A8}
+CFP_WEIGHTS = {"transforms": [{"kind": "cfp", "activations": False}]}
+CASES += [
+    (10, {"transforms": [{"kind": "cfp"}]}, ("activations: false",), [CFP_A8, CFP_WEIGHTS]),
+    (
+        10,
+        {
+            "transforms": [{"kind": "cfp", "weights": False}, {"kind": "awq_scale"}],
+            "overrides": [{"match": "down_proj", "activations": "none"}],
+        },
+        ("activations: false", "set activations"),
+        [
+            {"transforms": [{"kind": "cfp", "weights": False}], "activations": A8},
+            {**CFP_A8, "transforms": [*CFP_A8["transforms"], *FOLD]},
+            {"transforms": [*CFP_WEIGHTS["transforms"], {"kind": "awq_scale"}]},
+        ],
+    ),
+    (
+        11,
+        {"transforms": [{"kind": "cfp", "activations": False, "weights": False}]},
+        ("activations: true", "weights: true"),
+        [CFP_WEIGHTS],
+    ),
+]
 
 
 def recipe_of(data: dict[str, Any]) -> Recipe:

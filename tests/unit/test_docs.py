@@ -169,6 +169,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "### cross_fold": recipes.CrossFold,
     "### smooth": recipes.Smooth,
     "### awq_scale": recipes.AwqScale,
+    "### cfp": recipes.Cfp,
     "## Solver: rtn": recipes.Rtn,
     "## Solver: gptq": recipes.Gptq,
     "## Overrides": recipes.Override,

@@ -237,6 +237,18 @@ def test_report_states_the_headline_and_its_conditions() -> None:
     assert len(re.findall("<svg", render_report(full_result()))) == 3
 
 
+def test_columns_of_cfp_are_shown_where_it_ran() -> None:
+    result = full_result()
+    page = render_report(result)
+    assert "Channels scaled" not in page
+    assert "Weights truncated" not in page
+    result["layers"][0]["truncated"] = 0.0125
+    page = render_report(result)
+    assert "Channels scaled" not in page
+    assert "Weights truncated" in page
+    assert 'data-v="0.0125"' in page
+
+
 def changed(path: str, value: Any) -> dict[str, Any]:
     result = full_result()
     *parents, last = path.split(".")

@@ -1,8 +1,13 @@
-"""Apply the recipe's transforms to one block: choose each group's factor, fold it."""
+"""Apply the recipe's transforms to one block: choose each group's factor, fold it.
+
+CFP also truncates weights, which changes the block's function. What the block is compared with
+came from its float weights before any of this (``engine/loop.py``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +16,8 @@ from torch import Tensor, nn
 from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
 from crossbit.models.structure import NormSource, RowSource
-from crossbit.recipe import AwqScale, CrossFold, Smooth
-from crossbit.transforms import awq_scale, cross_fold, smooth
+from crossbit.recipe import AwqScale, Cfp, CrossFold, Smooth, Transform
+from crossbit.transforms import awq_scale, cfp, cross_fold, smooth
 from crossbit.transforms.fold import fold
 from crossbit.transforms.search import FoldChoice, FoldProblem
 
@@ -21,6 +26,7 @@ _CHOOSE: dict[type, Callable[[FoldProblem, Any], FoldChoice]] = {
     CrossFold: cross_fold.choose,
     Smooth: smooth.choose,
     AwqScale: awq_scale.choose,
+    Cfp: cfp.choose,
 }
 
 
@@ -28,7 +34,7 @@ def apply_transforms(
     block: nn.Module,
     plan: BlockPlan,
     states: Sequence[GroupState],
-    transforms: Sequence[CrossFold | Smooth | AwqScale],
+    transforms: Sequence[Transform],
     stored: torch.dtype,
 ) -> list[dict[str, Any]]:
     """Fold every transform into the block, in order.
@@ -41,16 +47,29 @@ def apply_transforms(
         stored: dtype of norm gains and biases in the export.
 
     Returns:
-        One record a fold: group, transform, chosen parameter, losses of all candidates.
+        One record a fold: group, transform, chosen parameter, losses of all candidates. One a
+        truncated layer: group, transform, layer, the truncated fraction, and what it changed.
     """
     records: list[dict[str, Any]] = []
     for config in transforms:
+        if isinstance(config, Cfp):
+            # Before its fold, which enlarges the columns of outlier channels: those large weights
+            # are wanted, and must not be taken for outliers.
+            if config.weights:
+                records += _truncate(block, plan, states, config)
+            if not config.activations:
+                continue
         for state in states:
             group = state.group
             if not any(name in plan.layers for name in group.consumers):
                 continue
             if group.source is None:
                 records.append({"group": group.name, "kind": config.kind, "skipped": group.reason})
+                continue
+            if isinstance(config, Cfp) and plan.group_activations(group) is None:
+                # Nothing to gain for a float input (experts have them), and weights to lose.
+                reason = "its input is not quantized"
+                records.append({"group": group.name, "kind": config.kind, "skipped": reason})
                 continue
             norms_only = isinstance(config, Smooth) and config.targets == "norms"
             if norms_only and not isinstance(group.source, NormSource):
@@ -65,18 +84,66 @@ def apply_transforms(
                     "chosen": choice.parameter,
                     "label": choice.label,
                     "losses": choice.losses,
+                    **choice.detail,
                 }
             )
     return records
+
+
+def _truncate(
+    block: nn.Module, plan: BlockPlan, states: Sequence[GroupState], config: Cfp
+) -> list[dict[str, Any]]:
+    """Truncate the weights of every planned layer in place, foldable input or not."""
+    by_layer = {name: state for state in states for name in state.group.consumers}
+    records = []
+    for name, layer in plan.layers.items():
+        weight = _weight(block, name)
+        result = cfp.truncate(
+            weight,
+            fence=config.fence,
+            spread=config.spread,
+            gap=config.gap,
+            per_channel=config.per_channel,
+        )
+        record: dict[str, Any] = {
+            "group": plan.structure.group_of(name).name,
+            "kind": config.kind,
+            "layer": f"{plan.structure.name}.{name}",
+            "truncated": result.fraction,
+            "weight_change": result.change,
+            "limit": result.limit,
+        }
+        records.append(record)
+        state = by_layer.get(name)
+        if result.limit is None:
+            continue
+        if state is not None:
+            problem = replace(
+                _problem(block, plan, state, config), weights=[weight], grids=[layer.weights]
+            )
+            exact = replace(problem, grids=[None], activations=None)
+            (record["output_change"],) = cfp.truncation_errors(exact, [result.weight])
+            if config.judge:
+                kept, truncated = cfp.truncation_errors(problem, [weight, result.weight])
+                record["losses"] = {"kept": kept, "truncated": truncated}
+                if kept <= truncated:
+                    record.update(truncated=0.0, weight_change=0.0, limit=None, output_change=0.0)
+                    continue
+        block.get_submodule(name).get_parameter("weight").copy_(result.weight)
+    return records
+
+
+def _weight(block: nn.Module, name: str) -> Tensor:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module.weight.detach().float()
 
 
 def _problem(block: nn.Module, plan: BlockPlan, state: GroupState, config: Any) -> FoldProblem:
     group = state.group
     weights, grids = [], []
     for name in group.consumers:
-        module = block.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        weights.append(module.weight.detach().float())
+        weights.append(_weight(block, name))
         grids.append(plan.layers[name].weights if name in plan.layers else None)
     skip = bool(getattr(config, "skip_massive", False))
     return FoldProblem(

@@ -113,6 +113,11 @@ def _report_view(result: Result) -> dict[str, Any]:
         "plots": _plots(result),
         "roles": _by_role(layers),
         "layers": layers,
+        "preprocessed": [
+            (key, heading)
+            for key, heading in _PREPROCESSED.items()
+            if any(number(row, key) is not None for row in layers)
+        ],
         "stages": _stages(result),
         "peak": finite(result, "memory.peak_rss"),
         "provenance": _provenance(result),
@@ -361,6 +366,10 @@ def _choices(found: Result) -> list[tuple[str, str]]:
         if isinstance(label, str) and label:
             pairs.append((str(name), label))
     return pairs
+
+
+# Columns of layers that only some recipes fill.
+_PREPROCESSED = {"scaled": "Channels scaled", "truncated": "Weights truncated"}
 
 
 def _has(row: Result, *keys: str) -> bool:

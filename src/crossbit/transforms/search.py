@@ -10,7 +10,7 @@ with the weights on the exported grid. This is what a deployed model pays, migra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -62,13 +62,15 @@ class FoldChoice:
     """A column factor and how it was found.
 
     ``parameter`` is the chosen alpha, strength or ratio, ``label`` the chosen candidate's name,
-    ``losses`` maps the label of each candidate to its error.
+    ``losses`` maps the label of each candidate to its error; ``detail`` is what else a transform
+    puts on record.
     """
 
     factor: Tensor
     parameter: float
     label: str
     losses: dict[str, float]
+    detail: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
