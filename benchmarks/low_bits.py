@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from benchmarks.measure import Measurement, measure
 from benchmarks.peer_folders import activations, bits_per_weight, folder_losses, widen_scales
 from benchmarks.store import once
 from crossbit.corpora import calibration_windows, evaluation_windows, load_text
-from crossbit.errors import CrossbitError
+from crossbit.errors import CrossbitError, WorkError
 from crossbit.evaluation.statistics import paired_loss, perplexity
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.source import resolve_model
@@ -100,17 +101,15 @@ def peer_command(args: argparse.Namespace, method: str, setting: Setting) -> lis
     return f"benchmarks/peers/llmcompressor_gptq.py {how} {grid}".split()
 
 
-def cleaned(text: str, args: argparse.Namespace) -> str:
-    """A message without the paths of this machine."""
-    for path in (args.work.resolve(), args.work, Path.cwd(), Path(sys.prefix), Path.home()):
-        text = text.replace(str(path), "...")
-    return text.replace(str(Path(args.peer or "python").parent), "...")
+def cleaned(text: str) -> str:
+    """A message without the folders of this machine: of an absolute path, the last name."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)
 
 
-def failure(found: Measurement, log: Path, args: argparse.Namespace) -> str:
+def failure(found: Measurement, log: Path) -> str:
     """Exit code and last line of a log, which of a traceback is the message."""
     lines = [line for line in log.read_text("utf8", "replace").splitlines() if line.strip()]
-    return f"exit {found.exit_code}: {cleaned(lines[-1] if lines else 'no output', args)}"
+    return f"exit {found.exit_code}: {cleaned(lines[-1] if lines else 'no output')}"
 
 
 def run_peer(args: argparse.Namespace, method: str, setting: Setting, out: Path) -> dict[str, Any]:
@@ -123,8 +122,9 @@ def run_peer(args: argparse.Namespace, method: str, setting: Setting, out: Path)
     threads = ["--threads", str(torch.get_num_threads())]
     found = measure([args.peer, *command, *files, *threads], log=log)
     if found.exit_code or not described.exists():
-        return {"failed": failure(found, log, args), "command": " ".join(command)}
+        return {"failed": failure(found, log), "command": " ".join(command)}
     made = json.loads(described.read_text("utf8"))
+    made["warnings"] = [cleaned(line) for line in made.get("warnings", [])]
     return {
         "command": " ".join(command),
         "seconds": made["seconds"]["quantize"] + made["seconds"]["save"],
@@ -148,7 +148,7 @@ def run_ours(
     found = measure([program, *command, "--out", str(out)], log=log)
     described = "crossbit " + " ".join(command)
     if found.exit_code:
-        return {"failed": failure(found, log, args), "command": described}
+        raise WorkError(f"{described}: {failure(found, log)}")
     made = json.loads((out / "crossbit.json").read_text("utf8"))
     return {
         "command": described,
@@ -219,7 +219,7 @@ def measured(
             made["activations"] = described
             made["per_token"] = scored(folder_losses(out, ids, kind="per_token"), original)
     except CrossbitError as error:
-        made["failed"] = cleaned(str(error), args)
+        made["failed"] = cleaned(str(error))
     if not args.keep:
         shutil.rmtree(out)
     return made
