@@ -11,6 +11,7 @@ ru_maxrss starts at the size of the process that spawned it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -108,15 +109,21 @@ def measure(
     *,
     interval: float = 0.05,
     environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Measurement:
-    """Run command to its end and measure it; its output goes where this process's goes.
+    """Run command to its end and measure it.
 
     interval: seconds between two memory samples (a sample costs well under a millisecond).
-    environment: added to the inherited one. Raises OSError when it cannot be started.
+    environment: added to the inherited one. log: file for its output, which goes where this
+    process's goes otherwise. Raises OSError when it cannot be started.
     """
     load = os.getloadavg()[0]
     began = time.perf_counter()
-    process = subprocess.Popen(command, env={**os.environ, **(environment or {})})
+    with contextlib.ExitStack() as opened:
+        output = opened.enter_context(log.open("wb")) if log is not None else None
+        process = subprocess.Popen(
+            command, env={**os.environ, **(environment or {})}, stdout=output, stderr=output
+        )
     sampler = Sampler(process.pid, interval)
     sampler.start()
     try:

@@ -12,6 +12,14 @@ from typing import Any
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 HERE = Path(__file__).parent
+LOW_BITS = {
+    "w4a16": "W4A16",
+    "w3a16": "W3A16 asymmetric",
+    "w2a16": "W2A16 asymmetric",
+    "w4a8": "W4A8",
+    "w4a4-g64": "W4A4",
+    "w4a4": "W4A4 per channel",
+}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -119,6 +127,42 @@ def peer(results: dict[str, dict[str, Any]]) -> list[str]:
         "Memory of ours is that of the quantization; the whole command goes on to verify the file",
         f"in transformers, which the peer does not do, and peaks at {verify:.0f} MB there.",
     ]
+    return [*lines, ""]
+
+
+def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Low-bit recipes and the peers at the same settings."""
+    found = [r for name, r in results.items() if name.startswith("low-bits-")]
+    if not found:
+        return []
+    sizes = sorted({(r["samples"], r["length"], r["windows"]) for r in found})
+    budget = ", ".join(f"{s} x {n} tokens and {w} windows" for s, n, w in sizes)
+    lines = [
+        "### Low bits against peers",
+        "",
+        "SmolLM2-135M-Instruct, the blocks' linear layers alone (embedding and head in bf16 on",
+        f"every side); calibration and evaluation on {budget} of 2048",
+        "(`python -m benchmarks.low_bits`); groups of 64 unless the setting says per channel.",
+        "Inputs are quantized per token. AutoRound's own input grid (signed step, row maximum on",
+        "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
+        "compressed-tensors, which all the others use. Bits count codes, scales and zero points.",
+        "",
+        "| setting | method | perplexity | loss | +- | bits a weight | quantize s | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    order = {setting: place for place, setting in enumerate(LOW_BITS)}
+    for row in sorted(found, key=lambda r: (order[r["setting"]], r.get("loss", float("inf")))):
+        head = f"| {LOW_BITS[row['setting']]} | {row['method']} |"
+        if "failed" in row:
+            message = row["failed"].replace("|", "/")
+            lines.append(f"{head} failed: {message} | | | | | |")
+            continue
+        other = f" ({100 * row['per_token']['loss']:+.2f} %)" if "per_token" in row else ""
+        lines.append(
+            f"{head} {row['perplexity']:.3f} | {100 * row['loss']:+.2f} %{other} | "
+            f"{100 * row['loss_stderr']:.2f} | {row['bits_per_weight']:.2f} | "
+            f"{row['seconds']:.0f} | {row['peak_rss'] / 1e6:.0f} |"
+        )
     return [*lines, ""]
 
 
@@ -253,6 +297,7 @@ def main() -> None:
         *differences(results),
         *quality(results, "demo-gemma", gemma),
         *peer(results),
+        *low_bits(results),
         *cost(results),
     ]
     more = [

@@ -1,4 +1,4 @@
-"""Quantize a local Hugging Face folder with llm-compressor, the peer of the GPTQ comparison.
+"""Quantize a local Hugging Face folder with llm-compressor: GPTQ, AWQ, SmoothQuant and rounding.
 
 Runs inside an environment of its own (requirements-llmcompressor.txt) and imports nothing of
 crossbit. Fixed from outside, so that both sides solve the same problem: bits, group size,
@@ -16,29 +16,21 @@ llm-compressor's own W8A8 preset does.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from common import add_files, check_files, digest, load_ids, plain, process_status, versions
 
 # The model is a local folder: nothing may be looked up while the clock runs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PACKAGES = (
-    "llmcompressor",
-    "compressed-tensors",
-    "torch",
-    "transformers",
-    "safetensors",
-    "datasets",
-    "numpy",
-)
+METHODS = ("gptq", "rtn", "awq", "smoothquant-gptq")
+# Strength in the W8A8 recipes published with llm-compressor; the default of its class is 0.5.
+SMOOTHQUANT = 0.8
 
 
 def parse_scheme(text: str) -> tuple[int, int]:
@@ -77,11 +69,15 @@ def config_group(
 def modifiers(
     method: str, group: dict[str, Any], ignore: list[str], smoothquant: float | None
 ) -> list[Any]:
-    """The llm-compressor recipe: an optional SmoothQuant, then GPTQ or round-to-nearest."""
+    """The llm-compressor recipe: an optional transform, then GPTQ or round-to-nearest.
+
+    ``awq`` and ``rtn`` end in the same rounding: AWQ is a transform that comes before it.
+    """
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
     from llmcompressor.modifiers.quantization import (  # type: ignore[import-not-found]
         QuantizationModifier,
     )
+    from llmcompressor.modifiers.transform.awq import AWQModifier  # type: ignore[import-not-found]
     from llmcompressor.modifiers.transform.smoothquant import (  # type: ignore[import-not-found]
         SmoothQuantModifier,
     )
@@ -89,18 +85,28 @@ def modifiers(
     recipe: list[Any] = []
     if smoothquant is not None:
         recipe.append(SmoothQuantModifier(smoothing_strength=smoothquant))
-    solver = GPTQModifier if method == "gptq" else QuantizationModifier
+    if method == "awq":
+        recipe.append(AWQModifier())
+    solver = GPTQModifier if method.endswith("gptq") else QuantizationModifier
     recipe.append(solver(config_groups={"group_0": group}, ignore=ignore))
     return recipe
 
 
-def process_status(key: str) -> int:
-    """A kB figure of /proc/self/status in bytes (VmHWM: highest resident size so far)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise KeyError(key)
+def without_pinning() -> bool:
+    """Let AWQ run without an accelerator; True if that needed a change.
+
+    Its activation cache is pinned for the transfer to the accelerator whether there is one or
+    not, and torch refuses that on a machine without. Pinning moves no value.
+    """
+    import torch
+    from llmcompressor.pipelines.cache import (  # type: ignore[import-not-found]
+        IntermediatesCache,
+    )
+
+    if torch.accelerator.is_available():
+        return False
+    IntermediatesCache.pin_memory = lambda *_: None
+    return True
 
 
 def quantized_layers(model: Any) -> tuple[list[str], list[str]]:
@@ -115,34 +121,16 @@ def quantized_layers(model: Any) -> tuple[list[str], list[str]]:
     return done, left
 
 
-def plain(value: Any) -> Any:
-    """JSON form of a modifier's settings: enums and dtypes become their text."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if hasattr(value, "model_dump"):
-        return plain(value.model_dump())
-    if hasattr(value, "value"):
-        return plain(value.value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quantize with llm-compressor, and measure it.")
-    parser.add_argument("--model", type=Path, required=True, help="local Hugging Face folder")
-    parser.add_argument("--ids", type=Path, required=True, help="safetensors with input_ids")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for the result")
-    parser.add_argument("--json", type=Path, required=True, help="file for the measurements")
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
+    add_files(parser)
+    parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--scheme", default="W4A16", help="W<bits>A<bits>")
     parser.add_argument("--bits", type=int, help="weight bits; must agree with --scheme")
     parser.add_argument("--group-size", type=int, default=64, help="0: one scale a channel")
-    parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ignore", action="append", help="layer left alone (default: lm_head)")
     parser.add_argument("--smoothquant", type=float, metavar="STRENGTH", help="smooth first")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences a forward pass")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     arguments = parser.parse_args()
     try:
         weight_bits, activation_bits = parse_scheme(arguments.scheme)
@@ -150,14 +138,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(str(error))
     if arguments.bits is not None and arguments.bits != weight_bits:
         parser.error(f"--bits {arguments.bits} contradicts --scheme {arguments.scheme}")
-    if not (arguments.model / "config.json").is_file():
-        parser.error(f"{arguments.model}: no config.json; pass a Hugging Face folder")
-    if not arguments.ids.is_file():
-        parser.error(f"{arguments.ids}: no such file")
-    if arguments.out.exists() and any(arguments.out.iterdir()):
-        parser.error(f"{arguments.out}: not empty; pass a new folder")
+    check_files(parser, arguments)
     arguments.weight_bits, arguments.activation_bits = weight_bits, activation_bits
     arguments.ignore = arguments.ignore or ["lm_head"]
+    if arguments.method == "smoothquant-gptq" and arguments.smoothquant is None:
+        arguments.smoothquant = SMOOTHQUANT
     return arguments
 
 
@@ -169,7 +154,6 @@ def main() -> None:
     from datasets import Dataset
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from loguru import logger  # type: ignore[import-not-found,unused-ignore]
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # A fallback to round-to-nearest, for one, is only told in the log. The library also logs
@@ -184,9 +168,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     import_seconds = time.perf_counter() - imports_began
 
-    ids = load_file(arguments.ids)["input_ids"]
-    if ids.dtype != torch.int64 or ids.ndim != 2:
-        sys.exit(f"{arguments.ids}: input_ids must be int64 [samples, length], is {ids.dtype}")
+    ids = load_ids(arguments.ids)
     recipe = modifiers(
         arguments.method,
         config_group(
@@ -205,7 +187,8 @@ def main() -> None:
     load_seconds = time.perf_counter() - began
     loaded_rss = process_status("VmHWM")
 
-    needs_data = arguments.method == "gptq" or arguments.smoothquant is not None
+    unpinned = arguments.method == "awq" and without_pinning()
+    needs_data = arguments.method != "rtn" or arguments.smoothquant is not None
     calibration: dict[str, Any] = {}
     if needs_data:
         calibration = {
@@ -242,13 +225,15 @@ def main() -> None:
             "smoothquant_strength": arguments.smoothquant,
             "batch_size": arguments.batch_size,
             "model_dtype": str(model.dtype).removeprefix("torch."),
+            "scale_bits": model.dtype.itemsize * 8,
             "threads": torch.get_num_threads(),
         },
+        "changes": ["activation cache not pinned: no accelerator"] if unpinned else [],
         "recipe": [{type(item).__name__: plain(item)} for item in recipe],
         "calibration": {
             "samples": ids.shape[0] if needs_data else 0,
             "length": ids.shape[1] if needs_data else 0,
-            "sha256": hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
+            "sha256": digest(ids),
         },
         "layers": {"quantized": len(done), "left": left},
         "seconds": {
@@ -261,10 +246,7 @@ def main() -> None:
         "peak_rss_bytes": process_status("VmHWM"),
         "peak_rss_bytes_after": {"load": loaded_rss, "quantize": quantized_rss},
         "out_bytes": sum(file.stat().st_size for file in arguments.out.rglob("*.safetensors")),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "warnings": list(dict.fromkeys(warnings)),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,273 @@
+"""Low-bit recipes against the peers: same model, calibration tokens, grids and evaluator.
+
+    python -m benchmarks.low_bits --text wikitext2-test.txt --work DIR --peer .venv-peer/bin/python
+
+Settings are bits, group and symmetry of the blocks' linear layers; embedding and head stay in
+float on every side. One result a row, so that a stopped benchmark goes on where it was; a peer
+that fails is a result too. The machine must be idle if the seconds are to mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.measure import Measurement, measure
+from benchmarks.peer_folders import activations, bits_per_weight, folder_losses, widen_scales
+from benchmarks.store import once
+from crossbit.corpora import calibration_windows, evaluation_windows, load_text
+from crossbit.errors import CrossbitError, WorkError
+from crossbit.evaluation.statistics import paired_loss, perplexity
+from crossbit.models.opening import open_tokenizer
+from crossbit.models.source import resolve_model
+
+EVALUATION_LENGTH = 2048
+FLOAT_ENDS = ("embedding=null", "head=null", "evaluation.windows=0")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The grids of the blocks' linear layers; ``group`` 0 is one scale a channel."""
+
+    bits: int
+    act_bits: int = 16
+    group: int = 64
+    symmetric: bool = True
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What makes a recipe of crossbit have these weights."""
+        # Packed asymmetric weights are exported with float32 scales only.
+        wide = () if self.symmetric else ("weights.scale_dtype=float32",)
+        group = f"weights.group={self.group or 'channel'}"
+        symmetric = f"weights.symmetric={str(self.symmetric).lower()}"
+        return (f"weights.bits={self.bits}", group, symmetric, *wide)
+
+
+SETTINGS = {
+    "w4a16": Setting(4),
+    "w3a16": Setting(3, symmetric=False),
+    "w2a16": Setting(2, symmetric=False),
+    "w4a8": Setting(4, act_bits=8),
+    "w4a4-g64": Setting(4, act_bits=4),
+    "w4a4": Setting(4, act_bits=4, group=0),
+}
+
+# Setting -> our methods: name -> preset and the settings beside those of ``Setting.overrides``.
+_Methods = dict[str, tuple[str, tuple[str, ...]]]
+_WEIGHTS: _Methods = {
+    "rtn": ("rtn-w4a16-g64", ()),
+    "gptq": ("gptq-w4a16-g64", ()),
+    "awq-gptq": ("awq-gptq-w4a16-g64", ()),
+}
+_A4 = ("activations.bits=4",)
+OURS: dict[str, _Methods] = {
+    "w4a16": _WEIGHTS,
+    "w3a16": _WEIGHTS,
+    "w2a16": _WEIGHTS,
+    "w4a8": {"rtn": ("rtn-w4a8-g64", ()), "crossquant": ("crossquant-w4a8-g64", ())},
+    "w4a4-g64": {"rtn": ("rtn-w4a8-g64", _A4), "crossquant": ("crossquant-w4a8-g64", _A4)},
+    "w4a4": {"rtn": ("rtn-w4a4", ()), "crossquant": ("crossquant-w4a4-channel", ())},
+}
+_PEERS_WEIGHTS = ("llmcompressor-gptq", "llmcompressor-awq", "autoround")
+_PEERS_INPUTS = ("llmcompressor-gptq", "llmcompressor-smoothquant-gptq", "autoround")
+
+
+def peers(setting: Setting) -> tuple[str, ...]:
+    """The peers' methods that are compared at a setting."""
+    return _PEERS_WEIGHTS if setting.act_bits == 16 else _PEERS_INPUTS
+
+
+def peer_command(args: argparse.Namespace, method: str, setting: Setting) -> list[str]:
+    """Script and grid of a peer, without the files."""
+    symmetric = "--symmetric" if setting.symmetric else "--no-symmetric"
+    if method == "autoround":
+        grid = f"--bits {setting.bits} --group {setting.group} --act-bits {setting.act_bits}"
+        tuning = f"--iters {args.iters} --batch 8"
+        return f"benchmarks/peers/autoround.py {grid} {symmetric} {tuning}".split()
+    grid = f"--scheme W{setting.bits}A{setting.act_bits} --group-size {setting.group} {symmetric}"
+    how = f"--method {method.removeprefix('llmcompressor-')}"
+    return f"benchmarks/peers/llmcompressor_gptq.py {how} {grid}".split()
+
+
+def cleaned(text: str) -> str:
+    """A message without the folders of this machine: of an absolute path, the last name."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)
+
+
+def failure(found: Measurement, log: Path) -> str:
+    """Exit code and last line of a log, which of a traceback is the message."""
+    lines = [line for line in log.read_text("utf8", "replace").splitlines() if line.strip()]
+    return f"exit {found.exit_code}: {cleaned(lines[-1] if lines else 'no output')}"
+
+
+def run_peer(args: argparse.Namespace, method: str, setting: Setting, out: Path) -> dict[str, Any]:
+    """Quantize with a peer; {"failed": message} if it does not get through."""
+    described, log = (out.with_name(f"{out.name}.{kind}") for kind in ("json", "log"))
+    described.unlink(missing_ok=True)
+    command = peer_command(args, method, setting)
+    files = ["--model", str(resolve_model("demo").path), "--ids", str(ids_file(args))]
+    files += ["--out", str(out), "--json", str(described)]
+    threads = ["--threads", str(torch.get_num_threads())]
+    found = measure([args.peer, *command, *files, *threads], log=log)
+    if found.exit_code or not described.exists():
+        return {"failed": failure(found, log), "command": " ".join(command)}
+    made = json.loads(described.read_text("utf8"))
+    made["warnings"] = [cleaned(line) for line in made.get("warnings", [])]
+    return {
+        "command": " ".join(command),
+        "seconds": made["seconds"]["quantize"] + made["seconds"]["save"],
+        "process_seconds": found.wall_seconds,
+        "peak_rss": found.peak_rss_bytes,
+        "scale_bits": made["settings"]["scale_bits"],
+        "load_before": found.load_before,
+        "peer": made,
+    }
+
+
+def run_ours(
+    args: argparse.Namespace, recipe: str, settings: tuple[str, ...], out: Path
+) -> dict[str, Any]:
+    """Quantize with crossbit, in a process of its own so that its memory is its own."""
+    budget = f"--samples {args.samples} --length {args.length} --seed 0"
+    changed = [word for setting in (*settings, *FLOAT_ENDS) for word in ("--set", setting)]
+    command = f"quantize demo --recipe {recipe} {budget}".split() + changed
+    program = str(Path(sys.executable).with_name("crossbit"))
+    log = out.with_name(f"{out.name}.log")
+    found = measure([program, *command, "--out", str(out)], log=log)
+    described = "crossbit " + " ".join(command)
+    if found.exit_code:
+        raise WorkError(f"{described}: {failure(found, log)}")
+    made = json.loads((out / "crossbit.json").read_text("utf8"))
+    return {
+        "command": described,
+        "seconds": made["time"]["stages"]["quantize"],
+        "process_seconds": found.wall_seconds,
+        # The process goes on to verify in transformers, which the peers do not do.
+        "peak_rss": made["memory"]["stages"]["quantize"],
+        "scale_bits": None,
+        "load_before": found.load_before,
+    }
+
+
+def ids_file(args: argparse.Namespace) -> Path:
+    """The calibration tokens that ``crossbit quantize`` cuts by itself, for the peers."""
+    path: Path = args.work / f"ids-{args.samples}x{args.length}.safetensors"
+    if not path.exists():
+        corpus = load_text(None, split="calibration")
+        tokenizer = open_tokenizer(resolve_model("demo").path)
+        ids = calibration_windows(
+            corpus, tokenizer, samples=args.samples, length=args.length, seed=0, bos=False
+        )
+        save_file({"input_ids": ids}, str(path))
+    return path
+
+
+def text_windows(args: argparse.Namespace) -> torch.Tensor:
+    """The evaluation windows int64 [W, L]."""
+    tokenizer = open_tokenizer(resolve_model("demo").path)
+    corpus = load_text(args.text, split="evaluation", tokenizer=tokenizer)
+    return evaluation_windows(
+        corpus, tokenizer, length=EVALUATION_LENGTH, windows=args.windows, bos=False
+    )
+
+
+def scored(losses: list[float], original: list[float]) -> dict[str, Any]:
+    """Perplexity and paired loss with their standard errors."""
+    value, paired = perplexity(losses), paired_loss(losses, original)
+    return {
+        "perplexity": value.value,
+        "stderr": value.stderr,
+        "loss": paired.value,
+        "loss_stderr": paired.stderr,
+        "losses": losses,
+    }
+
+
+def measured(
+    args: argparse.Namespace,
+    about: dict[str, str],
+    quantize: Callable[[Path], dict[str, Any]],
+    ids: torch.Tensor,
+    original: list[float],
+) -> dict[str, Any]:
+    """Quantize into a folder of the work folder, evaluate it, remove it."""
+    out: Path = args.work / f"low-bits-{about['setting']}-{about['method']}"
+    shutil.rmtree(out, ignore_errors=True)
+    budget = {"samples": args.samples, "length": args.length, "windows": len(ids)}
+    made = {**about, **budget, **quantize(out)}
+    if "failed" in made:
+        return made
+    widen_scales(out)
+    try:
+        made |= scored(folder_losses(out, ids), original)
+        made["bits_per_weight"] = bits_per_weight(out, made["scale_bits"])
+        described = activations(out)
+        if described is not None:
+            # What readers of compressed-tensors would execute, beside what the peer tuned for.
+            made["activations"] = described
+            made["per_token"] = scored(folder_losses(out, ids, kind="per_token"), original)
+    except CrossbitError as error:
+        made["failed"] = cleaned(str(error))
+    if not args.keep:
+        shutil.rmtree(out)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", required=True, help="WikiText-2 raw test, as a file or wikitext2")
+    parser.add_argument("--work", type=Path, required=True, help="folder for quantized models")
+    parser.add_argument("--peer", help="the peers' python; their rows are left out without")
+    parser.add_argument("--only", default=",".join(SETTINGS), help="settings")
+    parser.add_argument("--methods", help="methods; default: all of a setting")
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of each")
+    parser.add_argument("--windows", type=int, default=40, help="evaluation windows of 2048")
+    parser.add_argument("--iters", type=int, default=200, help="AutoRound's steps a block")
+    parser.add_argument("--keep", action="store_true", help="keep the quantized folders")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    wanted = args.methods.split(",") if args.methods else None
+    ids = text_windows(args)
+    command = "python -m benchmarks.low_bits"
+    source = resolve_model("demo").path
+    # The name of benchmarks/quality.py's row: the same losses where the windows are the same.
+    original = once(
+        f"demo-original-{args.windows}", command, lambda: {"losses": folder_losses(source, ids)}
+    )["losses"]
+    for name in args.only.split(","):
+        setting = SETTINGS[name]
+        jobs: dict[str, Callable[[Path], dict[str, Any]]] = {}
+        for method, (recipe, extra) in OURS[name].items():
+            changed = (*setting.overrides, *extra)
+            jobs[f"ours-{method}"] = partial(run_ours, args, recipe, changed)
+        if args.peer:
+            for method in peers(setting):
+                jobs[method] = partial(run_peer, args, method, setting)
+        for method, job in jobs.items():
+            if wanted and method not in wanted and method.removeprefix("ours-") not in wanted:
+                continue
+            about = {"setting": name, "method": method}
+            row = once(
+                f"low-bits-{name}-{method}",
+                f"{command} --only {name} --methods {method}",
+                partial(measured, args, about, job, ids, original),
+            )
+            loss = row.get("failed") or f"{row['perplexity']:.3f}, loss {100 * row['loss']:+.2f} %"
+            print(f"{name} {method}: {loss}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
