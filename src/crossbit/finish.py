@@ -120,6 +120,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
     records = [work.record(part_name(i)) for i in range(len(run.plan.blocks))]
     layers = [row for record in records for row in _layer_rows(record)]
     solver = work.record("outside").get("head solver")
+    training = [work.record(name) for name in work.names("trained-")]
     parameters = _parameters(run)
     size = _size(run, staged, parameters)
     return {
@@ -149,6 +150,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
             for r in records
         ],
         "folds": [{"block": r["block"], **fold} for r in records for fold in r["folds"]],
+        "training": training,
         "alpha": _alpha_summary(records),
         "head": None if solver is None else {"solver": solver},
         "counts": {
@@ -156,7 +158,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
             "ignored": run.plan.ignored,
             "linear_layers": run.structure.linear_count,
         },
-        "warnings": _warnings(run, size, layers),
+        "warnings": _warnings(run, size, layers, training),
     }
 
 
@@ -221,7 +223,12 @@ def _size(run: Run, staged: Path, parameters: int) -> dict[str, Any]:
     }
 
 
-def _warnings(run: Run, size: dict[str, Any], layers: list[dict[str, Any]]) -> list[str]:
+def _warnings(
+    run: Run,
+    size: dict[str, Any],
+    layers: list[dict[str, Any]],
+    training: list[dict[str, Any]],
+) -> list[str]:
     notes = list(run.notes)
     if size["larger_than_source"]:
         notes.append(
@@ -229,6 +236,9 @@ def _warnings(run: Run, size: dict[str, Any], layers: list[dict[str, Any]]) -> l
             f"({size['source_bytes']:,} bytes)"
         )
     notes += [f"{row['name']}: {row['note']}" for row in layers if row["note"]]
+    for window in training:
+        first, last = window["blocks"]
+        notes += [f"training of blocks {first}-{last}: {event}" for event in window["events"]]
     return notes
 
 

@@ -232,6 +232,15 @@ class Training(_Strict):
     retries: int = Field(2, ge=0)
 
 
+class EndToEnd(Training):
+    """Tuning of all blocks together on the divergence of logits, after the windows."""
+
+    epochs: int = Field(1, ge=0)
+    rounding: float = Field(1e-3, gt=0)
+    step: float = Field(1e-4, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+
 class Calibration(_Strict):
     """How much text is used, and how it is cut. ``holdout`` is kept out of column maxima."""
 
@@ -271,6 +280,7 @@ class Recipe(_Strict):
     solver: Solver = Rtn()
     objective: Objective = Objective()
     training: Training = Training()
+    end_to_end: EndToEnd | None = None
     embedding: WeightGrid | None = WeightGrid(bits=8, group="channel")
     head: WeightGrid | None = WeightGrid(bits=8, group="channel")
     overrides: tuple[Override, ...] = ()
@@ -477,4 +487,5 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "rounding": TrainedRounding,
     "objective": Objective,
     "training": Training,
+    "end_to_end": EndToEnd,
 }

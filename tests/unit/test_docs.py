@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
     "README.md",
     "docs/architecture.md",
+    "docs/cbq.md",
     "docs/crossquant.md",
     "docs/recipes.md",
     "benchmarks/README.md",
@@ -169,6 +170,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "### cross_fold": recipes.CrossFold,
     "### smooth": recipes.Smooth,
     "### awq_scale": recipes.AwqScale,
+    "## Solver: rounding": recipes.TrainedRounding,
+    "## Objective": recipes.Objective,
+    "## Training": recipes.Training,
+    "## End to end": recipes.EndToEnd,
     "### cfp": recipes.Cfp,
     "## Solver: rtn": recipes.Rtn,
     "## Solver: gptq": recipes.Gptq,

@@ -20,6 +20,7 @@ from crossbit.recipe import (
     Recipe,
     Rtn,
     Smooth,
+    TrainedRounding,
     WeightGrid,
     matches,
     nearest,
@@ -75,12 +76,23 @@ def test_presets_do_what_their_names_say(name: str) -> None:
         elif part.startswith("g") and part[1:].isdecimal():
             assert recipe.weights.group == int(part[1:])
     kinds = {t.kind for t in recipe.transforms}
-    assert ("cross_fold" in kinds) == (parts[0] == "crossquant" and not recipe.research)
+    folded = recipe.activations is not None and recipe.activations.kind == "cross_folded"
+    assert ("cross_fold" in kinds) == folded
+    assert folded == (
+        (parts[0] == "crossquant" and not recipe.research)
+        or (parts[0] == "cbq" and "paper" not in parts and recipe.activations is not None)
+    )
     assert ("smooth" in kinds) == ("smoothquant" in parts)
     if "awq" in parts:
         assert "awq_scale" in kinds
     if "gptq" in parts:
         assert isinstance(recipe.solver, Gptq)
+    if parts[0] == "cbq":
+        assert isinstance(recipe.solver, TrainedRounding)
+        assert recipe.trains
+        assert ("cfp" in kinds) == ("paper" in parts)
+    else:
+        assert not recipe.trains
     if parts[0] == "rtn":
         assert isinstance(recipe.solver, Rtn)
         assert not kinds

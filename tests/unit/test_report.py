@@ -372,6 +372,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "alpha_histogram": lambda: plots.alpha_histogram([("q", "0.5"), ("q", "fitted"), ("o", "0.5")]),
     "alpha_losses": lambda: plots.alpha_losses([("0.5", 0.01), ("searched", 0.009)], "a $loss_x$"),
     "block_errors": lambda: plots.block_errors([{"block": 1, "relative_error": 0.5}]),
+    "window_losses": lambda: plots.window_losses([{"window": 0, "before": 0.5, "after": 0.4}]),
     "outlier_ratios": lambda: plots.outlier_ratios([{"block": 0, "ratio": 30.0}]),
 }
 

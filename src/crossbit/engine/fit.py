@@ -38,6 +38,7 @@ class Task:
         dtype: of computation.
         seed: of the order of batches.
         tokens: at most as many go through the blocks at once (a sequence at least).
+        checkpointed: keep only what enters each block, and run it again for its gradient.
     """
 
     blocks: Sequence[TrainedBlock]
@@ -50,6 +51,7 @@ class Task:
     dtype: torch.dtype
     seed: int
     tokens: int = 4096
+    checkpointed: bool = False
 
     @property
     def steps_an_epoch(self) -> int:
@@ -80,6 +82,11 @@ class Progress:
     losses: list[tuple[float, float]] = field(default_factory=list)
     running: float = 0.0
     events: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Progress:
+        """From ``dataclasses.asdict`` by way of JSON."""
+        return cls(**{**data, "losses": [(t, h) for t, h in data["losses"]]})
 
 
 class Keeper(Protocol):
@@ -231,6 +238,20 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
     beta = settings.beta[0] + (settings.beta[1] - settings.beta[0]) * annealed
     regulariser = settings.regulariser if share >= ANNEAL_FROM else 0.0
     batch = _batch(task, progress.done)
+
+    def update(name: str, layer: TrainedLinear) -> None:
+        assert layer.weight is not None
+        if layer.weight.grad is None:
+            return  # frozen, or an expert that no token of the batch reached
+        gradients = pull_back(layer.state, layer.weight.grad, regulariser=regulariser, beta=beta)
+        layer.weight = None
+        optimiser.update(name, layer, gradients, factor)
+
+    return (_through_inputs if task.checkpointed else _at_once)(task, batch, update)
+
+
+def _at_once(task: Task, batch: Tensor, update: Callable[[str, TrainedLinear], None]) -> float:
+    """The batch's loss; ``update`` is called with the gradient at each layer's weight."""
     value = 0.0
     with materialised(task.blocks, task.dtype, grad=True):
         for part in _parts(task, batch):
@@ -238,15 +259,42 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
                 loss = _loss(task, part) * (part.numel() / batch.numel())
                 loss.backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach())
-        for name, layer in layers_of(task.blocks):
-            assert layer.weight is not None
-            if layer.weight.grad is None or not math.isfinite(value):
-                continue  # frozen, or an expert that no token of the batch reached
-            gradients = pull_back(
-                layer.state, layer.weight.grad, regulariser=regulariser, beta=beta
-            )
-            layer.weight = None
-            optimiser.update(name, layer, gradients, factor)
+        if math.isfinite(value):
+            for name, layer in layers_of(task.blocks):
+                update(name, layer)
+    return value
+
+
+def _through_inputs(
+    task: Task, batch: Tensor, update: Callable[[str, TrainedLinear], None]
+) -> float:
+    """The same, with one block's weights and intermediates at a time."""
+    parts = _parts(task, batch)
+    read = [task.read(part) for part in parts]
+    states = [[x for x, _ in read]]
+    with torch.no_grad():
+        for block in task.blocks:
+            with materialised([block], task.dtype):
+                states.append([block.run(x) for x in states[-1]])
+    value, gradients = 0.0, []
+    for part, x, (_, targets) in zip(parts, states.pop(), read, strict=True):
+        with torch.enable_grad():
+            output = x.requires_grad_()
+            loss = task.loss(output, targets) * (part.numel() / batch.numel())
+            loss.backward()  # type: ignore[no-untyped-call]
+        value += float(loss.detach())
+        gradients.append(output.grad)
+    if not math.isfinite(value):
+        return value
+    for block in reversed(task.blocks):
+        with materialised([block], task.dtype, grad=True):
+            for number, x in enumerate(states.pop()):
+                with torch.enable_grad():
+                    entered = x.requires_grad_()
+                    block.run(entered).backward(gradients[number])  # type: ignore[no-untyped-call]
+                gradients[number] = entered.grad
+            for name, layer in layers_of([block]):
+                update(name, layer)
     return value
 
 

@@ -21,6 +21,7 @@ from crossbit.engine.job import Job, batch_of
 from crossbit.engine.live import pack, unpack
 from crossbit.engine.opening import open_block
 from crossbit.engine.progress import Reporter, release_memory
+from crossbit.engine.refine import open_name, refine
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of, make_trainable
 from crossbit.engine.window import (
@@ -124,6 +125,11 @@ def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
     left = windows[first:]
     for window in reporter.track(left, "training windows", len(left)):
         _one_window(job, work, window, streams, live, reporter)
+    if job.recipe.end_to_end is not None and not work.has_part("outside"):
+        reporter.say("tuning all blocks together")
+        entering = work.stream(0)
+        assert entering is not None
+        refine(job, work, len(windows), entering, reporter)
 
 
 def _resume(
@@ -165,22 +171,23 @@ def _one_window(
         streams.teacher = teacher
         prefix = "optimiser/"
         state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        progress = Progress(**record["progress"])
-        progress.losses = [(t, h) for t, h in progress.losses]
-        interrupted = Interrupted(progress, state)
+        interrupted = Interrupted(Progress.of(record["progress"]), state)
         del tensors
     blocks = [live[index] for index in window.blocks]
     report = train_window(job, work, window, blocks, streams, reporter, interrupted)
     del blocks
     for index in window.hardened:
-        block = live.pop(index).hardened()
+        trained = live.pop(index)
+        if job.recipe.end_to_end is not None:
+            work.save_state(open_name(index), *pack([trained]))
+        block = trained.hardened()
         block.target = through_original(job, work, index, streams.entering, "target", held=True)
         job.shell.place_block(index, block.module)
         leaving = close_block(job, work, index, block, streams.entering)
         assert leaving is not None
         streams.entering = leaving
     work.save_record(f"trained-{window.index:05d}", report)
-    _save_window(work, window, live)
+    _save_window(job, work, window, live)
 
 
 def _open_window(
@@ -217,13 +224,15 @@ def _open_window(
         work.drop(name)
 
 
-def _save_window(work: WorkDir, window: Window, live: dict[int, TrainedBlock]) -> None:
+def _save_window(job: Job, work: WorkDir, window: Window, live: dict[int, TrainedBlock]) -> None:
     """What the next window begins with; nothing older is needed then."""
     start, opened = window.start + window.leaving, window.stop
     tensors, record = pack([live[index] for index in sorted(live)])
     place = {"window": window.index + 1, "start": start, "opened": opened}
     work.save_state(window_name(window.index + 1), tensors, {**record, **place})
     keep = {window_name(window.index + 1), teacher_name(opened), f"stream-{start:05d}"}
+    if job.recipe.end_to_end is not None:
+        keep.add("stream-00000")
     forget_training(work)
     for prefix in ("window-", "teacher-", "stream-"):
         for name in work.names(prefix):

@@ -13,14 +13,16 @@ from torch import Tensor
 from crossbit.engine.fit import Loss, Optimiser, Progress, Task, fit, outcome
 from crossbit.engine.job import Job, batch_of
 from crossbit.engine.live import pack, parameters_of
+from crossbit.engine.logits import hidden_logit_kl
 from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of, materialised
 from crossbit.engine.workdir import WorkDir
-from crossbit.objective import logit_kl, reconstruction_loss
+from crossbit.objective import reconstruction_loss
 from crossbit.windows import Window
 
 SAVE_SECONDS = 60.0  # between two states of a window in training that a killed run goes on from
+SAVE_SHARE = 20  # and at least so many times as long as saving takes
 _BEST, _TRAINING = "best", "training"
 
 
@@ -92,7 +94,7 @@ def train_window(
         dtype=job.dtype,
         seed=job.recipe.calibration.seed * 65_537 + window.index,
     )
-    keeper = _Keeper(work, window, blocks, reporter, task)
+    keeper = StateKeeper(work, window, blocks, reporter, task)
     progress = fit(
         task,
         keeper,
@@ -137,9 +139,8 @@ def _loss(job: Job, logits: bool) -> Loss:
                 temperature=objective.temperature,
             )
         if logits:
-            with torch.no_grad():
-                wanted = job.shell.logits(targets[0])
-            total = total + objective.logits * logit_kl(job.shell.logits(output), wanted)
+            found = hidden_logit_kl(job.shell, output, targets[0], objective.temperature)
+            total = total + objective.logits * found
         return total
 
     return loss
@@ -198,7 +199,7 @@ def through_trained(
         return writer.commit()
 
 
-class _Keeper:
+class StateKeeper:
     """States of a window in the work folder."""
 
     def __init__(
@@ -213,10 +214,15 @@ class _Keeper:
         self._reporter, self._task = reporter, task
         self._saved = self._began = time.monotonic()
         self._steps = 0
+        self._cost = 0.0  # seconds that saving took last
 
     def save_best(self) -> None:
         """Remember the parameters as they are."""
         self._work.save_state(_BEST, parameters_of(self._blocks), {"window": self._window.index})
+
+    def save(self, name: str) -> None:
+        """Write the blocks as they are."""
+        self._work.save_state(name, *pack(self._blocks))
 
     def load_best(self) -> None:
         """Make the parameters what was remembered last, in place."""
@@ -235,7 +241,7 @@ class _Keeper:
             f"step {progress.done}/{total}, held-out loss {progress.before:.3g} -> "
             f"{progress.best:.3g}, {(now - self._began) / self._steps:.2f} s a step"
         )
-        if now - self._saved < SAVE_SECONDS:
+        if now - self._saved < max(SAVE_SECONDS, SAVE_SHARE * self._cost):
             return
         tensors, record = pack(self._blocks)
         tensors.update({f"optimiser/{n}": t for n, t in optimiser.state()})
@@ -245,6 +251,7 @@ class _Keeper:
             {**record, "window": self._window.index, "progress": asdict(progress)},
         )
         self._saved = time.monotonic()
+        self._cost = self._saved - now
 
 
 def interrupted_training(work: WorkDir, window: Window) -> tuple[dict[str, Tensor], Any] | None:

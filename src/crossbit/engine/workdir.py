@@ -14,6 +14,8 @@ and, where rounding is trained (``engine.loop`` says what follows what)
     training.safetensors     window, optimiser and progress of a training in work
     best.safetensors         its best parameters so far
     trained-00002.json       how the training of window 2 went
+    open-00001.safetensors   block 1 as it left training, for the end-to-end stage
+    refined.safetensors      all blocks after that stage
 
 Every file is written under a temporary name and renamed, so a file that exists is whole.
 """

@@ -316,6 +316,14 @@ def _plots(result: Result) -> list[tuple[str, Markup, str]]:
         plots.block_errors,
         blocks,
     )
+    trained = [w for w in rows(result, "training") if _has(w, "window", "before", "after")]
+    add(
+        "Training, window by window",
+        "Reconstruction loss on calibration sequences that training did not see, with the integers "
+        "before and after it. A window never ends worse than it began.",
+        plots.window_losses,
+        [w for w in trained if "what" not in w],
+    )
     roles = {text(r, "name"): text(r, "role") for r in rows(result, "layers")}
     chosen = [
         (roles.get(name) or str(name).rsplit(".", 1)[-1], choice)

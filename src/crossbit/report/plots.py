@@ -229,6 +229,24 @@ def block_errors(blocks: Sequence[Row]) -> str:
     return _svg("block_errors", "Relative error after each block", draw)
 
 
+def window_losses(windows: Sequence[Row]) -> str:
+    """Held-out loss of each trained window: rows with ``window``, ``before`` and ``after``."""
+    rows = sorted(windows, key=lambda r: int(r["window"]))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, (key, label) in enumerate((("before", "before"), ("after", "after"))):
+            points = [float(r[key]) for r in rows]
+            axes.plot([int(r["window"]) for r in rows], points, label=label, **_look(number))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("window")
+        axes.set_ylabel("loss")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    return _svg("window_losses", "Held-out loss before and after each window's training", draw)
+
+
 def outlier_ratios(layers: Sequence[Row]) -> str:
     """Largest over median channel, per layer, with and without massive tokens.
 

@@ -1,0 +1,155 @@
+"""End-to-end tuning: the whole model as one window, judged by its logits.
+
+After the windows every block is hardened, but what its training knew is kept on disk. Here all of
+them are open once more, and steps and roundings learn from the divergence between the logits of the
+quantized and of the original model. Only the blocks' inputs are kept of a forward pass; each block
+runs again when its gradient is due. Then the blocks are closed anew, from the first on.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from crossbit.engine.closing import close_block
+from crossbit.engine.fit import Progress, Task, fit, outcome
+from crossbit.engine.job import Job
+from crossbit.engine.live import unpack
+from crossbit.engine.logits import hidden_logit_kl
+from crossbit.engine.progress import Reporter, release_memory
+from crossbit.engine.stream import Stream
+from crossbit.engine.trained import TrainedBlock, layers_of
+from crossbit.engine.window import (
+    StateKeeper,
+    forget_training,
+    gather,
+    interrupted_training,
+    through_original,
+)
+from crossbit.engine.workdir import WorkDir, teacher_name
+from crossbit.errors import WorkError
+from crossbit.solvers.rounding import reenter
+from crossbit.windows import Window
+
+REFINED = "refined"
+
+
+def open_name(block: int) -> str:
+    """Name of the state of a block that has left its last window."""
+    return f"open-{block:05d}"
+
+
+def refine(job: Job, work: WorkDir, windows: int, entering: Stream, reporter: Reporter) -> None:
+    """Tune all blocks together and write them again.
+
+    Args:
+        job: the run; its recipe has ``end_to_end``.
+        work: holds the blocks' states (``open_name``) and the original model's last activations.
+        windows: how many there were: the number of this one.
+        entering: activations that enter the first block.
+        reporter: told how it goes.
+    """
+    assert job.recipe.end_to_end is not None
+    total = job.shell.num_blocks
+    window = Window(windows, 0, total, total)
+    blocks: list[TrainedBlock] = []
+    progress, saved = None, {}
+    done = work.has_state(REFINED)
+    known = work.load_state(REFINED) if done else interrupted_training(work, window)
+    if known is None:
+        for index in range(total):
+            blocks += unpack(job, *work.load_state(open_name(index)))
+        for _, layer in layers_of(blocks):
+            reenter(layer.state)
+    else:
+        tensors, record = known
+        blocks = unpack(job, tensors, record)
+        if not done:
+            progress = Progress.of(record["progress"])
+            prefix = "optimiser/"
+            saved = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        del tensors
+    if not done:
+        _tune(job, work, window, blocks, entering, reporter, progress, saved)
+    _write_again(job, work, blocks, entering, reporter)
+
+
+def _tune(
+    job: Job,
+    work: WorkDir,
+    window: Window,
+    blocks: list[TrainedBlock],
+    entering: Stream,
+    reporter: Reporter,
+    progress: Progress | None,
+    saved: dict[str, Tensor],
+) -> None:
+    started = time.monotonic()
+    settings = job.recipe.end_to_end
+    teacher = work.named(teacher_name(window.stop))
+    assert settings is not None
+    if teacher is None:
+        raise WorkError(f"{work.path}: the teacher's activations are missing; start afresh")
+    count, held = entering.shape[0], job.held_out
+
+    def read(numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
+        device = job.shell.device
+        return gather(entering, numbers, device), [gather(teacher, numbers, device)]
+
+    def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
+        return hidden_logit_kl(job.shell, output, targets[0], settings.temperature)
+
+    job.shell.load_outside(job.checkpoint, job.dtype)
+    task = Task(
+        blocks=blocks,
+        read=read,
+        loss=loss,
+        fitting=torch.arange(count - held),
+        held=torch.arange(count - held, count),
+        settings=settings,
+        steps={name: settings.step > 0 for name, _ in layers_of(blocks)},
+        dtype=job.dtype,
+        seed=job.recipe.calibration.seed * 65_537 + window.index,
+        checkpointed=True,
+    )
+    keeper = StateKeeper(work, window, blocks, reporter, task)
+    report = fit(task, keeper, progress, saved)
+    job.shell.free_outside()
+    work.save_record(
+        f"trained-{window.index:05d}",
+        {
+            "window": window.index,
+            "blocks": [0, window.stop - 1],
+            "what": "end to end, divergence of logits",
+            **outcome(report),
+            "seconds": round(time.monotonic() - started, 3),
+        },
+    )
+    keeper.save(REFINED)
+    forget_training(work)
+
+
+def _write_again(
+    job: Job,
+    work: WorkDir,
+    blocks: list[TrainedBlock],
+    entering: Stream,
+    reporter: Reporter,
+) -> None:
+    """Close every block with what it has become."""
+    while blocks:
+        block = blocks.pop(0)
+        index = block.index
+        reporter.status(f"writing block {index}")
+        opened = block.hardened()
+        opened.target = through_original(job, work, index, entering, "target", held=True)
+        job.shell.place_block(index, opened.module)
+        leaving = close_block(job, work, index, opened, entering)
+        assert leaving is not None
+        if index:
+            work.drop_stream(index)
+        entering = leaving
+        del block, opened
+        release_memory()
