@@ -146,7 +146,8 @@ def effective_scale(state: Rounding) -> Tensor:
     """Steps [N', G] float32 as they will be stored."""
     dtype = state.grid.scale_dtype
     trained = state.scale * state.parameters["step"].exp()
-    return trained.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+    info = torch.finfo(dtype)
+    return trained.clamp(min=info.tiny, max=info.max).to(dtype).float()
 
 
 def fake_weight(state: Rounding, dtype: torch.dtype) -> Tensor:
@@ -199,10 +200,12 @@ def pull_back(
         # d What / d s = codes - inside * W / s; with the base integers frozen, the codes alone.
         slope = codes if ratio is None else codes.addcmul_(ratio, inside, value=-1.0)
         found["step"][part.rows] = (slope * g).sum(-1) * part.step.squeeze(-1)
-        g = g.mul_(part.step).mul_(inside)
+        g = (g * part.step).mul_(inside)  # a copy: the gradient is the caller's
         if sigmoid:
             assert variable is not None
             g = _through_sigmoid(g, variable, regulariser / gradient.numel(), beta)
+        elif state.choice.parameter == "low_rank":
+            g.mul_(_trained(state, part).abs() <= state.choice.reach)  # clamped beyond it
         flat = g.reshape(-1, gradient.shape[1]) if part.flat is not None else g.flatten(1)
         if state.choice.parameter == "full":
             grouped(found["offset"], state.grid)[part.rows] = g
