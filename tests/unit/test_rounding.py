@@ -120,6 +120,15 @@ def test_untrained_it_is_round_to_nearest(
     assert bool((distance[inside] <= FRACTION_MARGIN + 1e-4).all())
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_extremes_of_a_symmetric_grid_are_ties_that_go_to_their_code(bits: int) -> None:
+    """max|w| / ((2^bits - 1) / 2) is the step: the extreme lies half way between two codes."""
+    weight = torch.randn(256, 16, generator=torch.Generator().manual_seed(bits))
+    nearest = rtn(weight, Grid(bits, True, "channel", None, torch.float32))
+    state = start_rounding(weight, nearest, RoundingChoice(mode="sigmoid"))
+    assert torch.equal(harden(state).codes, nearest.codes)
+
+
 @settings(deadline=None, max_examples=40)
 @given(problems(), st.sampled_from(["full", "low_rank"]))
 def test_without_the_fraction_everything_is_undecided_and_rounds_up(
@@ -418,7 +427,7 @@ def test_beyond_the_reach_no_code_moves_further() -> None:
     weight = matrix(5, 8, 6)
     nearest = rtn(weight, Grid(8, True, "channel", None, torch.float32))
     for parameter in ("full", "low_rank"):
-        choice = RoundingChoice(parameter=parameter, reach=0.5)  # type: ignore[arg-type]
+        choice = RoundingChoice(parameter=parameter, reach=0.5)
         state = moved(start_rounding(weight, nearest, choice), 2, 50.0)
         state.parameters["step"].zero_()
         limit(state)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from crossbit.compat import windows_of
 from crossbit.engine.closing import close_block
 from crossbit.engine.fit import Progress
 from crossbit.engine.job import Job, batch_of
@@ -35,7 +36,7 @@ from crossbit.engine.window import (
 from crossbit.engine.workdir import WorkDir, teacher_name, window_name
 from crossbit.errors import WorkError
 from crossbit.solvers.rounding import reenter
-from crossbit.windows import Window, schedule
+from crossbit.windows import Window
 
 
 def run_blocks(job: Job, work: WorkDir, reporter: Reporter) -> None:
@@ -98,20 +99,8 @@ def _one_block(job: Job, work: WorkDir, index: int, entering: Stream | None) -> 
 # -- training ---------------------------------------------------------------------------------
 
 
-def windows_of(job: Job) -> list[Window]:
-    """The schedule of a recipe that trains."""
-    objective = job.recipe.objective
-    return schedule(
-        job.shell.num_blocks,
-        objective.window,
-        objective.overlap,
-        expand=objective.expand,
-        largest=objective.largest,
-    )
-
-
 def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
-    windows = windows_of(job)
+    windows = windows_of(job.recipe, job.shell.num_blocks)
     first, streams, live = _resume(job, work, windows)
     if streams is None:
         # The teacher is the original model, its embedding included.
@@ -167,7 +156,7 @@ def _one_window(
         state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         progress = Progress(**record["progress"])
         progress.losses = [(t, h) for t, h in progress.losses]
-        interrupted = Interrupted(progress, state)
+        interrupted = Interrupted(progress, record["best"], state)
         del tensors
     blocks = [live[index] for index in window.blocks]
     report = train_window(job, work, window, blocks, streams, reporter, interrupted)

@@ -21,7 +21,7 @@ from crossbit.objective import logit_kl, reconstruction_loss
 from crossbit.windows import Window
 
 SAVE_SECONDS = 60.0  # between two states of a window in training that a killed run goes on from
-_BEST, _TRAINING = "best", "training"
+_BEST, _TRAINING = ("best-0", "best-1"), "training"
 
 
 @dataclass
@@ -39,9 +39,10 @@ class Streams:
 
 @dataclass
 class Interrupted:
-    """A window whose training was interrupted."""
+    """A window whose training was interrupted: how far it was, where its best parameters are."""
 
     progress: Progress
+    best: str
     optimiser: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -87,12 +88,14 @@ def train_window(
         loss=_loss(job, logits),
         fitting=torch.arange(count - held),
         held=torch.arange(count - held, count),
+        length=streams.entering.shape[1],
         settings=job.recipe.training,
         steps={n: _trains_steps(job, b.index, n) for b in blocks for n, _ in layers_of([b])},
         dtype=job.dtype,
         seed=job.recipe.calibration.seed * 65_537 + window.index,
     )
-    keeper = _Keeper(work, window, blocks, reporter, task)
+    best = None if interrupted is None else interrupted.best
+    keeper = _Keeper(work, window, blocks, reporter, task, best)
     progress = fit(
         task,
         keeper,
@@ -101,7 +104,7 @@ def train_window(
     )
     if logits:
         job.shell.free_outside()
-    for name in (_BEST, "homologous-0", "homologous-1"):
+    for name in (*_BEST, "homologous-0", "homologous-1"):
         work.drop(name)
     release_memory()
     return {
@@ -199,7 +202,11 @@ def through_trained(
 
 
 class _Keeper:
-    """States of a window in the work folder."""
+    """States of a window in the work folder.
+
+    A training that is resumed needs the best parameters of the moment that it goes on from: each
+    best one takes the other of two names, and a state that tells of it follows at once.
+    """
 
     def __init__(
         self,
@@ -208,19 +215,24 @@ class _Keeper:
         blocks: Sequence[TrainedBlock],
         reporter: Reporter,
         task: Task,
+        best: str | None,
     ) -> None:
         self._work, self._window, self._blocks = work, window, blocks
+        self._best, self._improved = best, False
         self._reporter, self._task = reporter, task
         self._saved = self._began = time.monotonic()
         self._steps = 0
 
     def save_best(self) -> None:
         """Remember the parameters as they are."""
-        self._work.save_state(_BEST, parameters_of(self._blocks), {"window": self._window.index})
+        self._improved = self._best is not None
+        self._best = _BEST[self._best == _BEST[0]]
+        self._work.save_state(self._best, parameters_of(self._blocks), {})
 
     def load_best(self) -> None:
         """Make the parameters what was remembered last, in place."""
-        tensors, _ = self._work.load_state(_BEST)
+        assert self._best is not None
+        tensors, _ = self._work.load_state(self._best)
         for name, parameter in parameters_of(self._blocks).items():
             parameter.copy_(tensors[name])
 
@@ -235,16 +247,21 @@ class _Keeper:
             f"step {progress.done}/{total}, held-out loss {progress.before:.3g} -> "
             f"{progress.best:.3g}, {(now - self._began) / self._steps:.2f} s a step"
         )
-        if now - self._saved < SAVE_SECONDS:
+        if now - self._saved < SAVE_SECONDS and not self._improved:
             return
         tensors, record = pack(self._blocks)
         tensors.update({f"optimiser/{n}": t for n, t in optimiser.state()})
         self._work.save_state(
             _TRAINING,
             tensors,
-            {**record, "window": self._window.index, "progress": asdict(progress)},
+            {
+                **record,
+                "window": self._window.index,
+                "best": self._best,
+                "progress": asdict(progress),
+            },
         )
-        self._saved = time.monotonic()
+        self._saved, self._improved = time.monotonic(), False
 
 
 def interrupted_training(work: WorkDir, window: Window) -> tuple[dict[str, Tensor], Any] | None:
@@ -252,7 +269,8 @@ def interrupted_training(work: WorkDir, window: Window) -> tuple[dict[str, Tenso
     if not work.has_state(_TRAINING):
         return None
     tensors, record = work.load_state(_TRAINING)
-    return (tensors, record) if record.get("window") == window.index else None
+    known = record["window"] == window.index and work.has_state(record["best"])
+    return (tensors, record) if known else None
 
 
 def forget_training(work: WorkDir) -> None:

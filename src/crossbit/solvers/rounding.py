@@ -169,7 +169,10 @@ def harden(state: Rounding) -> QTensor:
         if state.choice.mode == "straight_through":
             hard = _codes(state, part)[0]
         else:
-            up = _soft(_variable(state, part)) >= 0.5
+            h = _soft(_variable(state, part))
+            # A tie is undecided without a fraction, and goes up; with one it is a group's extreme
+            # on a symmetric grid, (2^bits - 1) / 2 steps from 0, which stays as ``rtn`` has it.
+            up = h >= 0.5 if state.choice.base == "zero" else h > 0.5
             hard, _ = _saturated(part.ratio.floor_().add_(up), part)
         view[part.rows].copy_(hard if part.zero is None else hard.add_(part.zero))
     zero = None if state.zero is None else state.zero.to(torch.int8)
