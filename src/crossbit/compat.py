@@ -16,13 +16,16 @@ from crossbit.recipe import (
     Cfp,
     CrossFold,
     Gptq,
+    Objective,
     Recipe,
     Smooth,
     Solver,
+    Training,
     WeightGrid,
     first_solver,
     matches,
 )
+from crossbit.windows import Window, schedule
 
 
 def _activations(recipe: Recipe) -> Iterable[Activations]:
@@ -186,8 +189,11 @@ def check_model(recipe: Recipe, structure: ModelStructure) -> None:
 
     Raises:
         InputError: tied embedding and head on different grids; experts on different schemes or
-            asymmetric (readers fuse them and apply one scheme without saying so).
+            asymmetric (readers fuse them and apply one scheme without saying so); windows that the
+            model has no blocks for.
     """
+    if recipe.trains:
+        windows_of(recipe, len(structure.blocks))
     embedding_names = (structure.embedding, "embedding")
     head_names = (structure.head, "head", "lm_head")
     embedding = None if recipe.ignores(*embedding_names) else recipe.embedding
@@ -225,6 +231,25 @@ def check_model(recipe: Recipe, structure: ModelStructure) -> None:
         )
 
 
+def windows_of(recipe: Recipe, blocks: int) -> list[Window]:
+    """The windows in which a recipe that trains goes through a model of ``blocks`` blocks.
+
+    Raises:
+        InputError: the model has no such windows.
+    """
+    objective = recipe.objective
+    try:
+        return schedule(
+            blocks,
+            objective.window,
+            objective.overlap,
+            expand=objective.expand,
+            largest=objective.largest,
+        )
+    except InputError as error:
+        raise InputError(f"recipe {recipe.name}: objective: {error}") from None
+
+
 def _check_outside_overrides(
     recipe: Recipe,
     structure: ModelStructure,
@@ -252,6 +277,10 @@ def _check_outside_overrides(
 def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
     """What the user should know before the run; also kept in the report."""
     notes = []
+    if not recipe.trains and (recipe.objective, recipe.training) != (Objective(), Training()):
+        notes.append(
+            "objective and training change nothing: no layer has a solver of kind rounding"
+        )
     if any(g.bits not in (4, 8) for g in _grids(recipe)):
         notes.append(
             "weights of 2, 3, 5, 6 or 7 bits need compressed-tensors 0.20 or newer to load, and "

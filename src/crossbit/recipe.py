@@ -213,6 +213,10 @@ class Objective(_Strict):
     logits: float = Field(0.0, ge=0)
 
 
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_Exponent = Annotated[float, Field(ge=1)]
+
+
 class Training(_Strict):
     """How it is minimised. Rates are Adam's: ``rounding`` in steps, ``step`` in log steps.
 
@@ -226,9 +230,9 @@ class Training(_Strict):
     step: float = Field(1e-3, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.05, ge=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[_Share, _Share] = (0.9, 0.99)
     regulariser: float = Field(0.01, ge=0)
-    beta: tuple[float, float] = (20.0, 2.0)
+    beta: tuple[_Exponent, _Exponent] = (20.0, 2.0)
     retries: int = Field(2, ge=0)
 
 
@@ -248,7 +252,7 @@ class Calibration(_Strict):
     samples: int = Field(64, ge=2)
     length: int = Field(1024, ge=8)
     holdout: float = Field(0.25, gt=0, lt=1)
-    seed: int = 0
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
 
 
 class Evaluation(_Strict):

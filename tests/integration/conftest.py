@@ -16,6 +16,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     pipelines.shorten(monkeypatch)
 
 
+@pytest.fixture
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection before work starts walks all that pytest holds: a third of a tiny run."""
+    monkeypatch.setattr("crossbit.pipeline.gc.collect", lambda: 0)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration text for ``pipelines.run``."""

@@ -102,3 +102,33 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="damaged"):
         WorkDir(work.path).begin({"a": 1}, resume=True)
     assert json.loads((work.path / "block-00000.json").read_text() + "}") == {}
+
+
+def test_a_state_is_whole_or_damaged(tmp_path: Path) -> None:
+    """Any bit: training would go on from another one without a word."""
+    work = WorkDir(tmp_path / "work")
+    work.begin({}, resume=False)
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.int8)}
+    record = {"window": 1, "loss": 0.1, "worst": float("inf")}
+    work.save_state("window-00001", {**tensors, "none": torch.zeros(0, 4)}, record)
+    found, known = work.load_state("window-00001")
+    assert known == record
+    assert found.pop("none").shape == (0, 4)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert len(found) == len(tensors)
+    path = tmp_path / "work" / "window-00001.safetensors"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            again = work.load_state("window-00001")
+        except WorkError as error:
+            assert "damaged; delete this file" in str(error)  # noqa: PT017
+        else:  # a blank in the header, or tensors in another order of keys
+            assert again[1] == record
+            assert all(torch.equal(again[0][name], tensors[name]) for name in tensors)
+    path.write_bytes(whole)
+    assert work.has_state("window-00001")
+    assert work.names("window-") == ["window-00001"]
+    work.drop("window-00001")
+    assert not work.has_state("window-00001")

@@ -33,6 +33,7 @@ class Task:
         loss: of the last block's output.
         fitting: numbers int64 of the sequences to train on.
         held: numbers of those that judge.
+        length: tokens of a sequence.
         settings: rates, epochs.
         steps: whether weights' steps are trained, by layer (``layers_of``).
         dtype: of computation.
@@ -46,6 +47,7 @@ class Task:
     loss: Loss
     fitting: Tensor
     held: Tensor
+    length: int
     settings: Training
     steps: dict[str, bool]
     dtype: torch.dtype
@@ -169,6 +171,9 @@ def fit(
     state and goes on at half the learning rates from the first step; after ``settings.retries`` of
     that it stays there. A window whose best state is its start keeps its first integers.
 
+    What is undecided may rise: the held-out loss is that of the hard weights, which in mode
+    "sigmoid", or at the start of base "zero", is no measure yet of the weights in training.
+
     Args:
         task: the window.
         keeper: holds states meanwhile.
@@ -188,7 +193,7 @@ def fit(
             progress.before = held_out(task, first=True)
     else:
         optimiser.load(saved)
-    total = task.settings.epochs * task.steps_an_epoch
+    total = task.settings.epochs * task.steps_an_epoch if optimiser.each else 0
     while progress.done < total:
         value = _step(task, optimiser, progress, total)
         progress.running += value
@@ -210,7 +215,8 @@ def fit(
         for layer in undecided:
             layer.forget()
         progress.best = progress.before
-        progress.events.append("training did not help: the window stays as it was")
+        if total:
+            progress.events.append("training did not help: the window stays as it was")
     for _, layer in layers_of(task.blocks):
         layer.begun = True
     return progress
@@ -221,7 +227,11 @@ def _judge(task: Task, keeper: Keeper, progress: Progress) -> str:
     found = held_out(task)
     progress.losses.append((progress.running / task.steps_an_epoch, found))
     progress.running = 0.0
-    if not found <= RISING * progress.best:
+    rises = found > RISING * progress.best and not any(
+        layer.undecided or layer.state.choice.mode == "sigmoid"
+        for _, layer in layers_of(task.blocks)
+    )
+    if rises or not math.isfinite(found):
         return f"held-out loss {found:.3g} after {progress.best:.3g}"
     if found < progress.best:
         progress.best, progress.best_at = found, progress.done
@@ -257,7 +267,8 @@ def _at_once(task: Task, batch: Tensor, update: Callable[[str, TrainedLinear], N
         for part in _parts(task, batch):
             with torch.enable_grad():
                 loss = _loss(task, part) * (part.numel() / batch.numel())
-                loss.backward()  # type: ignore[no-untyped-call]
+                if loss.requires_grad:  # or no token reached an expert that is trained
+                    loss.backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach())
         if math.isfinite(value):
             for name, layer in layers_of(task.blocks):
@@ -301,14 +312,13 @@ def _through_inputs(
 def _batch(task: Task, step: int) -> Tensor:
     """Numbers of the sequences of a step: every epoch in an order of its own."""
     epoch, at = divmod(step, task.steps_an_epoch)
-    generator = torch.Generator().manual_seed(task.seed * 7919 + epoch)
+    generator = torch.Generator().manual_seed((task.seed * 7919 + epoch) % (1 << 63))
     order = torch.randperm(task.fitting.numel(), generator=generator)
     return task.fitting[order[at * task.settings.batch : (at + 1) * task.settings.batch]]
 
 
 def _parts(task: Task, batch: Tensor) -> Sequence[Tensor]:
-    length = task.read(batch[:1])[0].shape[1]
-    return torch.split(batch, max(1, task.tokens // length))
+    return torch.split(batch, max(1, task.tokens // task.length))
 
 
 def _loss(task: Task, batch: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from crossbit.compat import windows_of
 from crossbit.engine.closing import close_block
-from crossbit.engine.fit import Progress
 from crossbit.engine.job import Job, batch_of
 from crossbit.engine.live import pack, unpack
 from crossbit.engine.opening import open_block
@@ -36,7 +36,7 @@ from crossbit.engine.window import (
 from crossbit.engine.workdir import WorkDir, teacher_name, window_name
 from crossbit.errors import WorkError
 from crossbit.solvers.rounding import reenter
-from crossbit.windows import Window, schedule
+from crossbit.windows import Window
 
 
 def run_blocks(job: Job, work: WorkDir, reporter: Reporter) -> None:
@@ -99,20 +99,8 @@ def _one_block(job: Job, work: WorkDir, index: int, entering: Stream | None) -> 
 # -- training ---------------------------------------------------------------------------------
 
 
-def windows_of(job: Job) -> list[Window]:
-    """The schedule of a recipe that trains."""
-    objective = job.recipe.objective
-    return schedule(
-        job.shell.num_blocks,
-        objective.window,
-        objective.overlap,
-        expand=objective.expand,
-        largest=objective.largest,
-    )
-
-
 def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
-    windows = windows_of(job)
+    windows = windows_of(job.recipe, job.shell.num_blocks)
     first, streams, live = _resume(job, work, windows)
     if streams is None:
         # The teacher is the original model, its embedding included.
@@ -169,9 +157,7 @@ def _one_window(
         if teacher is None:
             raise WorkError(f"{work.path}: the teacher's activations are missing; start afresh")
         streams.teacher = teacher
-        prefix = "optimiser/"
-        state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        interrupted = Interrupted(Progress.of(record["progress"]), state)
+        interrupted = Interrupted.of(tensors, record)
         del tensors
     blocks = [live[index] for index in window.blocks]
     report = train_window(job, work, window, blocks, streams, reporter, interrupted)

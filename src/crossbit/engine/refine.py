@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossbit.engine.closing import close_block
-from crossbit.engine.fit import Progress, Task, fit, outcome
+from crossbit.engine.fit import Task, fit, outcome
 from crossbit.engine.job import Job
 from crossbit.engine.live import unpack
 from crossbit.engine.logits import hidden_logit_kl
@@ -22,6 +22,7 @@ from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of
 from crossbit.engine.window import (
+    Interrupted,
     StateKeeper,
     forget_training,
     gather,
@@ -55,7 +56,7 @@ def refine(job: Job, work: WorkDir, windows: int, entering: Stream, reporter: Re
     total = job.shell.num_blocks
     window = Window(windows, 0, total, total)
     blocks: list[TrainedBlock] = []
-    progress, saved = None, {}
+    interrupted = None
     done = work.has_state(REFINED)
     known = work.load_state(REFINED) if done else interrupted_training(work, window)
     if known is None:
@@ -67,12 +68,10 @@ def refine(job: Job, work: WorkDir, windows: int, entering: Stream, reporter: Re
         tensors, record = known
         blocks = unpack(job, tensors, record)
         if not done:
-            progress = Progress.of(record["progress"])
-            prefix = "optimiser/"
-            saved = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            interrupted = Interrupted.of(tensors, record)
         del tensors
     if not done:
-        _tune(job, work, window, blocks, entering, reporter, progress, saved)
+        _tune(job, work, window, blocks, entering, reporter, interrupted)
     _write_again(job, work, blocks, entering, reporter)
 
 
@@ -83,8 +82,7 @@ def _tune(
     blocks: list[TrainedBlock],
     entering: Stream,
     reporter: Reporter,
-    progress: Progress | None,
-    saved: dict[str, Tensor],
+    interrupted: Interrupted | None,
 ) -> None:
     started = time.monotonic()
     settings = job.recipe.end_to_end
@@ -108,14 +106,21 @@ def _tune(
         loss=loss,
         fitting=torch.arange(count - held),
         held=torch.arange(count - held, count),
+        length=entering.shape[1],
         settings=settings,
         steps={name: settings.step > 0 for name, _ in layers_of(blocks)},
         dtype=job.dtype,
         seed=job.recipe.calibration.seed * 65_537 + window.index,
         checkpointed=True,
     )
-    keeper = StateKeeper(work, window, blocks, reporter, task)
-    report = fit(task, keeper, progress, saved)
+    best = None if interrupted is None else interrupted.best
+    keeper = StateKeeper(work, window, blocks, reporter, task, best)
+    report = fit(
+        task,
+        keeper,
+        None if interrupted is None else interrupted.progress,
+        {} if interrupted is None else interrupted.optimiser,
+    )
     job.shell.free_outside()
     work.save_record(
         f"trained-{window.index:05d}",

@@ -160,7 +160,7 @@ def make_trainable(
         if weight is None:
             weight = layer.qtensor.dequantize()
         choice = choice_of(plan.layers[name].rounding)
-        own = (seed * 1_000_003 + index) * 1009 + number
+        own = ((seed * 1_000_003 + index) * 1009 + number) % (1 << 63)
         states[name] = start_rounding(weight, layer.qtensor, choice, seed=own)
     return with_states(index, opened, plan, kwargs, dtype, states)
 

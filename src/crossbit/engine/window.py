@@ -23,7 +23,7 @@ from crossbit.windows import Window
 
 SAVE_SECONDS = 60.0  # between two states of a window in training that a killed run goes on from
 SAVE_SHARE = 20  # and at least so many times as long as saving takes
-_BEST, _TRAINING = "best", "training"
+_BEST, _TRAINING = ("best-0", "best-1"), "training"
 
 
 @dataclass
@@ -41,10 +41,18 @@ class Streams:
 
 @dataclass
 class Interrupted:
-    """A window whose training was interrupted."""
+    """A window whose training was interrupted: how far it was, where its best parameters are."""
 
     progress: Progress
+    best: str
     optimiser: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], record: dict[str, Any]) -> Interrupted:
+        """From what ``interrupted_training`` found."""
+        prefix = "optimiser/"
+        optimiser = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        return cls(Progress.of(record["progress"]), record["best"], optimiser)
 
 
 def train_window(
@@ -89,12 +97,14 @@ def train_window(
         loss=_loss(job, logits),
         fitting=torch.arange(count - held),
         held=torch.arange(count - held, count),
+        length=streams.entering.shape[1],
         settings=job.recipe.training,
         steps={n: _trains_steps(job, b.index, n) for b in blocks for n, _ in layers_of([b])},
         dtype=job.dtype,
         seed=job.recipe.calibration.seed * 65_537 + window.index,
     )
-    keeper = StateKeeper(work, window, blocks, reporter, task)
+    best = None if interrupted is None else interrupted.best
+    keeper = StateKeeper(work, window, blocks, reporter, task, best)
     progress = fit(
         task,
         keeper,
@@ -103,7 +113,7 @@ def train_window(
     )
     if logits:
         job.shell.free_outside()
-    for name in (_BEST, "homologous-0", "homologous-1"):
+    for name in ("homologous-0", "homologous-1"):
         work.drop(name)
     release_memory()
     return {
@@ -200,7 +210,11 @@ def through_trained(
 
 
 class StateKeeper:
-    """States of a window in the work folder."""
+    """States of a window in the work folder.
+
+    A training that is resumed needs the best parameters of the moment that it goes on from: each
+    best one takes the other of two names, and a state that tells of it follows at once.
+    """
 
     def __init__(
         self,
@@ -209,8 +223,10 @@ class StateKeeper:
         blocks: Sequence[TrainedBlock],
         reporter: Reporter,
         task: Task,
+        best: str | None,
     ) -> None:
         self._work, self._window, self._blocks = work, window, blocks
+        self._best, self._improved = best, False
         self._reporter, self._task = reporter, task
         self._saved = self._began = time.monotonic()
         self._steps = 0
@@ -218,7 +234,9 @@ class StateKeeper:
 
     def save_best(self) -> None:
         """Remember the parameters as they are."""
-        self._work.save_state(_BEST, parameters_of(self._blocks), {"window": self._window.index})
+        self._improved = self._best is not None
+        self._best = _BEST[self._best == _BEST[0]]
+        self._work.save_state(self._best, parameters_of(self._blocks), {})
 
     def save(self, name: str) -> None:
         """Write the blocks as they are."""
@@ -226,7 +244,8 @@ class StateKeeper:
 
     def load_best(self) -> None:
         """Make the parameters what was remembered last, in place."""
-        tensors, _ = self._work.load_state(_BEST)
+        assert self._best is not None
+        tensors, _ = self._work.load_state(self._best)
         for name, parameter in parameters_of(self._blocks).items():
             parameter.copy_(tensors[name])
 
@@ -241,16 +260,22 @@ class StateKeeper:
             f"step {progress.done}/{total}, held-out loss {progress.before:.3g} -> "
             f"{progress.best:.3g}, {(now - self._began) / self._steps:.2f} s a step"
         )
-        if now - self._saved < max(SAVE_SECONDS, SAVE_SHARE * self._cost):
+        pause = max(SAVE_SECONDS, SAVE_SHARE * self._cost)
+        if now - self._saved < pause and not self._improved:
             return
         tensors, record = pack(self._blocks)
         tensors.update({f"optimiser/{n}": t for n, t in optimiser.state()})
         self._work.save_state(
             _TRAINING,
             tensors,
-            {**record, "window": self._window.index, "progress": asdict(progress)},
+            {
+                **record,
+                "window": self._window.index,
+                "best": self._best,
+                "progress": asdict(progress),
+            },
         )
-        self._saved = time.monotonic()
+        self._saved, self._improved = time.monotonic(), False
         self._cost = self._saved - now
 
 
@@ -259,9 +284,11 @@ def interrupted_training(work: WorkDir, window: Window) -> tuple[dict[str, Tenso
     if not work.has_state(_TRAINING):
         return None
     tensors, record = work.load_state(_TRAINING)
-    return (tensors, record) if record.get("window") == window.index else None
+    known = record["window"] == window.index and work.has_state(record["best"])
+    return (tensors, record) if known else None
 
 
 def forget_training(work: WorkDir) -> None:
-    """Drop what ``interrupted_training`` finds: the window is done."""
-    work.drop(_TRAINING)
+    """Drop what ``interrupted_training`` finds, then what it needs: the window is done."""
+    for name in (_TRAINING, *_BEST):
+        work.drop(name)

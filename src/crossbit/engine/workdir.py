@@ -12,7 +12,7 @@ and, where rounding is trained (``engine.loop`` says what follows what)
                              original model
     window-00003.safetensors the open blocks when window 3 begins
     training.safetensors     window, optimiser and progress of a training in work
-    best.safetensors         its best parameters so far
+    best-0.safetensors       its best parameters so far, or those before them (and best-1)
     trained-00002.json       how the training of window 2 went
     open-00001.safetensors   block 1 as it left training, for the end-to-end stage
     refined.safetensors      all blocks after that stage
@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crossbit.engine.stream import Stream, StreamWriter, damaged, unwritable
-from crossbit.errors import InputError
+from crossbit.errors import InputError, WorkError
+from crossbit.safetensors_format import raw_bytes
 
 MANIFEST = "manifest.json"
 
@@ -170,7 +172,9 @@ class WorkDir:
 
     def save_state(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Write tensors and a record as one file, whole or not at all."""
-        self._write_tensors(f"{name}.safetensors", tensors, {"record": json.dumps(record)})
+        text = json.dumps(record)
+        metadata = {"record": text, "checksum": _checksum(text, tensors)}
+        self._write_tensors(f"{name}.safetensors", tensors, metadata)
 
     def has_state(self, name: str) -> bool:
         """True if there is a state of that name."""
@@ -185,11 +189,19 @@ class WorkDir:
         path = self.path / f"{name}.safetensors"
         try:
             with safe_open(str(path), framework="pt") as file:
-                record = json.loads(file.metadata()["record"])
+                metadata = file.metadata()
                 # Copies: the file may be replaced while its tensors are in use.
-                return {k: file.get_tensor(k).clone() for k in file.keys()}, record  # noqa: SIM118
+                tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+            record = json.loads(metadata["record"])
+            whole = _checksum(metadata["record"], tensors) == metadata["checksum"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            raise damaged(path) from None
+            whole = False
+        if not whole:
+            raise WorkError(
+                f"{path}: damaged; delete this file, and --resume goes on from what was saved "
+                "before it"
+            )
+        return tensors, record
 
     def names(self, prefix: str) -> list[str]:
         """Files of the folder that begin with ``prefix``, without their endings, in order."""
@@ -236,6 +248,16 @@ def window_name(window: int) -> str:
 def part_name(block: int) -> str:
     """Name of the part that holds a block."""
     return f"block-{block:05d}"
+
+
+def _checksum(record: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a state is: training would go on from a flipped bit without a word."""
+    found = zlib.crc32(record.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        found = zlib.crc32(raw_bytes(tensor), found)
+    return f"{found:08x}"
 
 
 def _stream(block: int) -> str:

@@ -146,7 +146,8 @@ def effective_scale(state: Rounding) -> Tensor:
     """Steps [N', G] float32 as they will be stored."""
     dtype = state.grid.scale_dtype
     trained = state.scale * state.parameters["step"].exp()
-    return trained.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+    info = torch.finfo(dtype)
+    return trained.clamp(min=info.tiny, max=info.max).to(dtype).float()
 
 
 def fake_weight(state: Rounding, dtype: torch.dtype) -> Tensor:
@@ -168,7 +169,10 @@ def harden(state: Rounding) -> QTensor:
         if state.choice.mode == "straight_through":
             hard = _codes(state, part)[0]
         else:
-            up = _soft(_variable(state, part)) >= 0.5
+            h = _soft(_variable(state, part))
+            # A tie is undecided without a fraction, and goes up; with one it is a group's extreme
+            # on a symmetric grid, (2^bits - 1) / 2 steps from 0, which stays as ``rtn`` has it.
+            up = h >= 0.5 if state.choice.base == "zero" else h > 0.5
             hard, _ = _saturated(part.ratio.floor_().add_(up), part)
         view[part.rows].copy_(hard if part.zero is None else hard.add_(part.zero))
     zero = None if state.zero is None else state.zero.to(torch.int8)
@@ -199,10 +203,12 @@ def pull_back(
         # d What / d s = codes - inside * W / s; with the base integers frozen, the codes alone.
         slope = codes if ratio is None else codes.addcmul_(ratio, inside, value=-1.0)
         found["step"][part.rows] = (slope * g).sum(-1) * part.step.squeeze(-1)
-        g = g.mul_(part.step).mul_(inside)
+        g = (g * part.step).mul_(inside)  # a copy: the gradient is the caller's
         if sigmoid:
             assert variable is not None
             g = _through_sigmoid(g, variable, regulariser / gradient.numel(), beta)
+        elif state.choice.parameter == "low_rank":
+            g.mul_(_trained(state, part).abs() <= state.choice.reach)  # clamped beyond it
         flat = g.reshape(-1, gradient.shape[1]) if part.flat is not None else g.flatten(1)
         if state.choice.parameter == "full":
             grouped(found["offset"], state.grid)[part.rows] = g

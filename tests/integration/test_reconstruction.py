@@ -1,0 +1,363 @@
+"""Windows of blocks trained on tiny models: what is trained, stored, resumed and refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.pipelines import shorten
+from tests.running import Cli, short_run
+from tests.tiny import BLOCKS, FAMILIES, tiny_folder
+from tests.training import A4, A8, GPTQ, digests, recipe, train, weights_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from crossbit.engine import loop, window
+from crossbit.engine.closing import close_block
+from crossbit.engine.fit import Progress, Task, fit
+from crossbit.engine.job import Job
+from crossbit.engine.live import parameters_of
+from crossbit.engine.opening import open_block
+from crossbit.engine.progress import Reporter
+from crossbit.engine.trained import layers_of, make_trainable
+from crossbit.engine.window import through_original
+from crossbit.engine.workdir import WorkDir
+from crossbit.export.reader import QuantizedCheckpoint
+from crossbit.objective import reconstruction_loss
+
+pytestmark = pytest.mark.usefixtures("quick", "no_collection")
+
+
+# -- what training amounts to ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        out = tmp_path_factory.mktemp("untrained") / "out"
+        train(llama, text, out, recipe({"kind": "gptq"}, activations=A8, training={}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("objective", "solver"),
+    [
+        ({"window": 1, "overlap": 0}, {}),
+        ({"window": 2, "overlap": 1}, {"mode": "sigmoid", "parameter": "low_rank"}),
+        ({"window": 3, "overlap": 0}, {"base": "zero"}),
+        ({"window": 1, "overlap": 0, "expand": "ends"}, {}),
+    ],
+)
+def test_without_epochs_it_is_gptq(
+    objective: Any, solver: dict[str, Any], llama: Path, text: Path, untrained: Path, tmp_path: Path
+) -> None:
+    """Whatever the windows, a block opens on what the quantized ones before it produce."""
+    chosen = recipe({**GPTQ, **solver}, activations=A8, objective=objective, training={"epochs": 0})
+    train(llama, text, tmp_path / "out", chosen)
+    assert weights_of(tmp_path / "out") == weights_of(untrained)
+
+
+class Memory:
+    """The least that a training needs to remember."""
+
+    def __init__(self, blocks: Any) -> None:
+        self.blocks = blocks
+
+    def save_best(self) -> None:
+        self.best = {n: p.clone() for n, p in parameters_of(self.blocks).items()}
+
+    def load_best(self) -> None:
+        for name, parameter in parameters_of(self.blocks).items():
+            parameter.copy_(self.best[name])
+
+    def tick(self, *_: Any) -> None:
+        pass
+
+
+def plain(job: Job, work: WorkDir, reporter: Reporter) -> None:
+    """Block-wise reconstruction as a loop: its target is what the original makes of its input."""
+    teacher = loop._embedded(job, work, "teacher-00000")
+    entering = loop._entering(job, work, 0)
+    count, length = entering.shape[:2]
+    held = job.held_out
+    for index in range(job.shell.num_blocks):
+        kwargs = job.shell.block_kwargs(length, job.dtype)[index]
+        teacher = through_original(job, work, index, teacher, f"teacher-{index + 1:05d}")
+        opened = open_block(job, index, entering, None)
+        block = make_trainable(index, opened, job.plan.blocks[index], kwargs, job.dtype, 0)
+        x, y = entering.read(0, count), teacher.read(0, count)
+        task = Task(
+            blocks=[block],
+            read=lambda numbers, x=x, y=y: (x[numbers], [y[numbers]]),  # type: ignore[misc]
+            loss=lambda output, targets: reconstruction_loss(output, targets[0]),
+            fitting=torch.arange(count - held),
+            held=torch.arange(count - held, count),
+            length=length,
+            settings=job.recipe.training,
+            steps={name: True for name, _ in layers_of([block])},
+            dtype=job.dtype,
+            seed=index,
+        )
+        fit(task, Memory([block]), None, {})
+        closing = block.hardened()
+        closing.target = through_original(job, work, index, entering, "target", held=True)
+        job.shell.place_block(index, closing.module)
+        leaving = close_block(job, work, index, closing, entering)
+        assert leaving is not None
+        entering = leaving
+
+
+def test_windows_of_one_block_are_block_wise_reconstruction(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe(objective={"window": 1, "overlap": 0}, activations=A8)
+    train(llama, text, tmp_path / "windows", chosen)
+    monkeypatch.setattr("crossbit.pipeline.run_blocks", plain)
+    train(llama, text, tmp_path / "plain", chosen)
+    assert weights_of(tmp_path / "windows") == weights_of(tmp_path / "plain")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Task, Progress]]:
+    """Tasks and outcomes of every window that is trained in the test."""
+    tasks: list[tuple[Task, Progress]] = []
+
+    def watched(task: Task, *args: Any) -> Progress:
+        progress = fit(task, *args)
+        tasks.append((task, progress))
+        return progress
+
+    monkeypatch.setattr("crossbit.engine.window.fit", watched)
+    return tasks
+
+
+def test_eight_bits_lose_nothing(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before anything is quantized, both targets are the same."""
+    chosen = recipe(
+        weights={"bits": 8, "group": 16, "scale_dtype": "float32"},
+        objective={"window": 2, "overlap": 1, "homologous": 1.0},
+        embedding=None,
+        head=None,
+    )
+    same: list[bool] = []
+
+    def watched(task: Task, *args: Any) -> Progress:
+        _, (target, homologous) = task.read(task.held)
+        same.append(torch.equal(target, homologous))
+        progress = fit(task, *args)
+        assert progress.best <= progress.before < 2e-4
+        return progress
+
+    monkeypatch.setattr("crossbit.engine.window.fit", watched)
+    train(llama, text, tmp_path / "out", chosen)
+    assert same == [True, False]
+
+
+@pytest.mark.parametrize("expand", ["none", "ends"])
+def test_the_teacher_is_the_original_model(
+    expand: str, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every window, however often its blocks were trained; and what they become is written."""
+    targets: dict[int, Tensor] = {}
+    trained: dict[str, Tensor] = {}
+    ids: list[Tensor] = []
+    original = window.train_window
+
+    def watched(job: Job, work: Any, part: Any, blocks: Any, streams: Any, *args: Any) -> Any:
+        assert job.ids is not None
+        ids[:] = [job.ids]
+        found = streams.teacher.read(0, job.ids.shape[0])
+        assert torch.equal(targets.setdefault(part.stop, found), found)
+        report = original(job, work, part, blocks, streams, *args)
+        assert report["blocks"] == [part.start, part.stop - 1]
+        for name, layer in layers_of(blocks):
+            index, _, relative = name.partition("/")
+            weight = layer.hardened().qtensor.dequantize()
+            trained[f"model.layers.{index}.{relative}"] = weight
+        return report
+
+    monkeypatch.setattr("crossbit.engine.loop.train_window", watched)
+    objective = {"window": 1, "overlap": 0, "expand": expand, "largest": 2}
+    if expand == "none":
+        objective = {"window": 2, "overlap": 1}
+    train(llama, text, tmp_path / "out", recipe(objective=objective))
+    assert sorted(targets) == ([2, 3] if expand == "none" else [1, 2, 3])
+    model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    outputs: list[Tensor] = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *a: outputs.append(a[2]))
+    with torch.no_grad():
+        model(input_ids=ids[0])
+    for stop, target in targets.items():
+        torch.testing.assert_close(target, outputs[stop - 1], rtol=1e-4, atol=1e-3)
+    written = QuantizedCheckpoint(tmp_path / "out")
+    assert len(trained) == 7 * BLOCKS
+    for name, weight in trained.items():
+        layer = written.layer(name)
+        assert layer is not None
+        assert torch.equal(layer.qtensor.dequantize(), weight)
+
+
+def test_training_helps(llama: Path, text: Path, tmp_path: Path, seen: Any) -> None:
+    chosen = recipe(GPTQ, training={"epochs": 4, "batch": 1}, weights={"bits": 3, "group": 16})
+    result = train(llama, text, tmp_path / "out", chosen, samples=16)
+    assert len(seen) == 2
+    assert all(p.best < p.before for _, p in seen)
+    assert {row["solver"] for row in result["layers"]} == {"gptq, trained"}
+
+
+# -- every family, every choice -------------------------------------------------------------------
+
+CHOICES: list[dict[str, Any]] = [
+    {"activations": A8},
+    {"activations": A4, "objective": {"homologous": 0.5, "kl": 0.1, "logits": 0.1}},
+    {
+        "solver": {"base": "zero", "parameter": "low_rank", "mode": "sigmoid"},
+        "objective": {"window": 1, "overlap": 0, "expand": "ends", "norm": "sum"},
+    },
+    {
+        "solver": {"start": {"kind": "rtn", "clip": "mse"}, "parameter": "low_rank"},
+        "objective": {"window": 3, "overlap": 0, "norm": "mean"},
+        "activations": {"bits": 8, "kind": "cross_static"},
+        "weights": {"bits": 8, "group": "channel"},
+    },
+    {
+        "activations": A8,
+        "transforms": [{"kind": "cross_fold"}, {"kind": "cfp"}],
+        "weights": {"bits": 4, "group": 16, "symmetric": False},
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "choice"),
+    [(f, i % 2 == 0, CHOICES[i % len(CHOICES)]) for i, f in enumerate(FAMILIES)],
+    ids=FAMILIES,
+)
+def test_family(
+    family: str, tied: bool, choice: dict[str, Any], text: Path, tmp_path: Path, seen: Any
+) -> None:
+    if family in ("mixtral", "qwen3_moe", "qwen2_moe"):  # asymmetric experts are refused
+        choice = {**choice, "weights": {"bits": 4, "group": 16}}
+    data = dict(choice)
+    chosen = recipe(data.pop("solver", None), **data)
+    model = tiny_folder(tmp_path / "model", family, tied)
+    before = digests(model)
+    result = train(model, text, tmp_path / "out", chosen)
+    assert digests(model) == before
+    assert all(row["solver"].endswith(", trained") for row in result["layers"])
+    # Blocks that training did not help are not trained again.
+    assert all(p.done > 0 or all(n.frozen for _, n in layers_of(t.blocks)) for t, p in seen)
+    assert seen[0][1].done > 0
+    assert all(p.best <= p.before for _, p in seen)
+    assert not [e for _, p in seen for e in p.events if "loss" in e]
+
+
+def test_experts_without_tokens(text: Path, tmp_path: Path, seen: Any) -> None:
+    """They are rounded, said to be, and stay so."""
+    model = tiny_folder(tmp_path / "model", "qwen3_moe")
+    result = train(model, text, tmp_path / "out", recipe(GPTQ), samples=2, length=8)
+    idle = [row["name"] for row in result["layers"] if row["note"].startswith("no calibration")]
+    assert 0 < len(idle) < len(result["layers"])
+    layers = {
+        f"model.layers.{name.replace('/', '.')}": layer
+        for task, _ in seen
+        for name, layer in layers_of(task.blocks)
+    }
+    for name in idle:
+        assert float(layers[name].state.parameters["offset"].abs().max()) == 0.0
+
+
+# -- layers that are not trained ------------------------------------------------------------------
+
+
+def test_layers_that_are_frozen_or_ignored(llama: Path, text: Path, tmp_path: Path) -> None:
+    chosen = recipe(
+        overrides=[{"match": "down_proj", "solver": {"kind": "rtn"}}], ignore=["o_proj"]
+    )
+    result = train(llama, text, tmp_path / "out", chosen)
+    plain_ = recipe({"kind": "rtn"}, ignore=["o_proj"], training={})
+    train(llama, text, tmp_path / "rtn", plain_)
+    solvers = {row["name"].rpartition(".")[2]: row["solver"] for row in result["layers"]}
+    assert solvers["down_proj"] == "rtn"
+    assert solvers["up_proj"] == "gptq, trained"
+    assert "o_proj" not in solvers
+    one = load_file(tmp_path / "out" / "model.safetensors")
+    other = load_file(tmp_path / "rtn" / "model.safetensors")
+    original = load_file(llama / "model.safetensors")
+    for name in one:
+        if "down_proj" in name:
+            assert torch.equal(one[name], other[name])
+        if "o_proj" in name:
+            assert torch.equal(one[name], original[name])
+    assert any(not torch.equal(one[n], other[n]) for n in one if "up_proj" in n)
+
+
+def test_blocks_that_are_not_trained(llama: Path, text: Path, tmp_path: Path, seen: Any) -> None:
+    """A window may have nothing to train."""
+    solver = {"kind": "rounding"}
+    chosen = recipe(
+        {"kind": "rtn"},
+        overrides=[{"match": "model.layers.0", "solver": solver}],
+        objective={"window": 1, "overlap": 0},
+    )
+    result = train(llama, text, tmp_path / "out", chosen)
+    trained = {r["name"].split(".")[2] for r in result["layers"] if "trained" in r["solver"]}
+    assert trained == {"0"}
+    assert [p.done > 0 for _, p in seen] == [True, False, False]
+
+
+# -- refused before work starts -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("objective.window=4", "objective: window size: 4 is more than the model's 3 blocks"),
+        ("objective.window=0", "objective.window"),
+        ("objective.overlap=2", "window overlap: 2 .*choose 0 to 1"),
+        ("objective.overlap=-1", "objective.overlap"),
+        ("objective.largest=2", "window largest: 2 needs windows that expand"),
+        ("objective.expand=both", "objective.expand"),
+        ("objective.norm=max", "objective.norm"),
+        ("objective.temperature=0", "objective.temperature"),
+        ("objective.windows=2", "did you mean 'window'"),
+        ("solver.rank=0", "rank: .*greater than or equal to 1"),
+        ("solver.reach=0", "reach: .*greater than 0"),
+        ("solver.reach=.inf", "reach: .*finite"),
+        ("solver.mode=soft", "mode: .*'straight_through' or 'sigmoid'"),
+        ("solver.start.kind=rounding", "'rtn', 'gptq'"),
+        ("training.epochs=-1", "training.epochs: .*greater than or equal to 0"),
+        ("training.batch=0", "training.batch"),
+        ("training.warmup=1", "training.warmup"),
+        ("training.betas=[1.0, 0.9]", "training.betas.0: .*less than 1"),
+        ("training.beta=[20, 0.5]", "training.beta.1: .*greater than or equal to 1"),
+        ("calibration.seed=99999999999999999999", "calibration.seed: .*less than"),
+    ],
+)
+def test_bad_settings(setting: str, message: str, cli: Cli, source: Path, tmp_path: Path) -> None:
+    text = source.with_name("text.txt")
+    place = tmp_path / "place"
+    place.mkdir()
+    options = ("--recipe", "gptq-w4a16", "--set", "solver.kind=rounding", "--set", setting)
+    ran = cli("quantize", source, "--out", place / "out", *options, *short_run(text))
+    assert re.search(message, ran.refusal), ran.refusal
+    assert list(place.iterdir()) == []
+
+
+def test_a_seed_may_be_large(llama: Path, text: Path, tmp_path: Path) -> None:
+    train(llama, text, tmp_path / "out", recipe(objective={"window": 3}), seed=2**63 - 1)
+
+
+def test_objectives_that_nothing_follows_are_mentioned(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    result = train(llama, text, tmp_path / "out", recipe({"kind": "rtn"}))
+    assert any("objective and training change nothing" in note for note in result["warnings"])

@@ -1,0 +1,270 @@
+"""Runs that train, killed at any moment: they resume to the same bytes, or say what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.pipelines import shorten
+from tests.training import TUNED, WHOLE, digests, train, weights_of
+
+from crossbit.engine import loop, window
+from crossbit.engine.fit import Progress
+from crossbit.engine.job import Job
+from crossbit.engine.workdir import WorkDir
+from crossbit.errors import InputError, WorkError
+from crossbit.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("quick", "no_collection")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    """The result of an uninterrupted run of WHOLE."""
+    return uninterrupted(tmp_path_factory.mktemp("finished") / "out", llama, text, WHOLE)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    """The result of an uninterrupted run of TUNED."""
+    return uninterrupted(tmp_path_factory.mktemp("tuned") / "out", llama, text, TUNED)
+
+
+def uninterrupted(out: Path, llama: Path, text: Path, recipe: Recipe) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        before = digests(llama)
+        train(llama, text, out, recipe)
+        assert digests(llama) == before
+    return out
+
+
+# As in test_pipeline.py: one child a moment of death. The child counts renames to a name.
+KILLER = """
+import json, os, signal, sys
+import torch
+import crossbit.finish, crossbit.pipeline, crossbit.engine.window
+from pathlib import Path
+
+from crossbit.models.opening import open_config, open_tokenizer
+from crossbit.models.shell import Shell
+from crossbit.recipe import Recipe
+
+jobs = json.loads(sys.argv[1])
+folder = Path(jobs[0][3]["model"])
+Shell(open_config(folder))  # imports what the children would import one by one
+open_tokenizer(folder)
+crossbit.engine.window.SAVE_SECONDS = 0.0
+crossbit.engine.window.SAVE_SHARE = 0
+crossbit.pipeline.gc.collect = lambda: 0
+rename = os.replace
+
+def deadly(name, count, when):
+    left = count
+    def replace(source, target):
+        nonlocal left
+        left -= Path(target).name == name
+        hit = Path(target).name == name and left == 0
+        if hit and when == "before":
+            os.truncate(source, os.path.getsize(source) // 2)
+        else:
+            rename(source, target)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return replace
+
+for name, count, when, options in jobs:
+    child = os.fork()
+    if child == 0:
+        os.replace = deadly(name, count, when)
+        torch.set_num_threads(1)
+        options["recipe"] = Recipe.parse(options["recipe"], "custom")
+        crossbit.pipeline.quantize(**options)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, when, status)
+"""
+MOMENTS = {
+    "opening the second block": ("teacher-00002", 1, "after"),
+    "the first state": ("training", 1, "before"),
+    "inside the second epoch": ("training", 3, "after"),
+    "better, and no state of it": ("best-1", 1, "after"),
+    "trained, not closed": ("stream-00001", 1, "before"),
+    "closed, not said": ("block-00000", 1, "after"),
+    "the boundary": ("window-00001", 1, "before"),
+    "behind the boundary": ("window-00001", 1, "after"),
+    "inside the second window": ("training", 6, "after"),
+    "all windows done": ("window-00002", 1, "after"),
+}
+TUNED_MOMENTS = {
+    "open blocks are kept": ("open-00000", 1, "after"),
+    "all open": ("window-00002", 1, "after"),
+    "inside the tuning": ("training", 12, "after"),
+    "tuned, not written": ("refined", 1, "after"),
+    "written in part": ("block-00001", 2, "after"),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> dict[str, Path]:
+    """Output folders whose runs were killed at each of both MOMENTS."""
+    folder = tmp_path_factory.mktemp("killed")
+    outs: dict[str, Path] = {}
+    jobs = []
+    common = {"model": str(llama), "calibration": str(text), "samples": 4, "length": 32}
+    for recipe, moments in ((WHOLE, MOMENTS), (TUNED, TUNED_MOMENTS)):
+        chosen = {**common, "recipe": recipe.model_dump(mode="json")}
+        for moment, (name, count, when) in moments.items():
+            outs[moment] = folder / f"out{len(outs)}"
+            options = {**chosen, "out": str(outs[moment])}
+            jobs.append((f"{name}.safetensors", count, when, options))
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(jobs)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=240,
+    )
+    return outs
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    moment: str, killed: dict[str, Path], llama: Path, text: Path, finished: Path
+) -> None:
+    out = killed[moment]
+    assert not out.exists()
+    train(llama, text, out, WHOLE, resume=True)
+    assert weights_of(out) == weights_of(finished)
+    assert (out / "config.json").read_bytes() == (finished / "config.json").read_bytes()
+    assert not out.with_name(out.name + ".crossbit-work").exists()
+
+
+@pytest.mark.parametrize("moment", TUNED_MOMENTS)
+def test_a_killed_tuning_resumes_to_the_same_bytes(
+    moment: str, killed: dict[str, Path], llama: Path, text: Path, tuned: Path
+) -> None:
+    out = killed[moment]
+    assert not out.exists()
+    train(llama, text, out, TUNED, resume=True)
+    assert weights_of(out) == weights_of(tuned)
+
+
+def test_tuning_changes_the_result(tuned: Path, llama: Path, text: Path, tmp_path: Path) -> None:
+    known = json.loads((tuned / "crossbit.json").read_text())["training"]
+    assert known[-1]["what"].startswith("end to end")
+    assert known[-1]["after"] <= known[-1]["before"]
+    plain = TUNED.model_copy(update={"end_to_end": None})
+    train(llama, text, tmp_path / "out", plain)
+    changed = weights_of(tmp_path / "out") != weights_of(tuned)
+    assert changed == (known[-1]["after"] < known[-1]["before"])
+
+
+def test_nothing_old_is_kept(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a boundary the folder holds finished blocks, and what the next window begins with."""
+    boundaries: list[list[str]] = []
+    save = loop._save_window
+
+    def watched(job: Job, work: WorkDir, *args: Any) -> None:
+        save(job, work, *args)
+        boundaries.append(sorted(p.name for p in work.path.iterdir()))
+
+    monkeypatch.setattr("crossbit.engine.loop._save_window", watched)
+    monkeypatch.setattr(window, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(window, "SAVE_SHARE", 0)
+    train(llama, text, tmp_path / "out", WHOLE)
+    assert boundaries[0] == [
+        *("block-00000.json", "block-00000.safetensors", "manifest.json"),
+        *("stream-00001.safetensors", "target.safetensors", "teacher-00002.safetensors"),
+        *("trained-00000.json", "window-00001.safetensors"),
+    ]
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> Path:
+    """The work folder of a run that was stopped inside its second window."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        patch.setattr(window, "SAVE_SECONDS", 0.0)
+        patch.setattr(window, "SAVE_SHARE", 0)
+        tick = window.StateKeeper.tick
+
+        def stop(self: Any, progress: Progress, optimiser: Any) -> None:
+            tick(self, progress, optimiser)
+            if self._window.index == 1 and progress.done == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(window.StateKeeper, "tick", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(llama, text, out, WHOLE)
+    return out.with_name("out.crossbit-work")
+
+
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 4]) + data[-8:]
+
+
+def renamed(data: bytes) -> bytes:
+    """A bit of a tensor's name: the header is still one."""
+    assert b"layer/" in data
+    return data.replace(b"layer/", b"laxer/", 1)
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, renamed, lambda data: b""])
+@pytest.mark.parametrize("name", ["training", "window-00001"])
+def test_a_damaged_state_is_named(
+    name: str, damage: Any, stopped: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    work = Path(shutil.copytree(stopped, tmp_path / "out.crossbit-work"))
+    path = work / f"{name}.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    before = digests(work)
+    with pytest.raises(WorkError, match=rf"{name}.safetensors: damaged; delete this file") as found:
+        train(llama, text, tmp_path / "out", WHOLE, resume=True)
+    assert "\n" not in str(found.value)
+    assert not isinstance(found.value, InputError)
+    assert digests(work) == before
+
+
+@pytest.mark.parametrize("name", ["training", "window-00001", "best-0", "teacher-00003"])
+def test_a_state_that_was_deleted_is_made_again(
+    name: str, stopped: Path, llama: Path, text: Path, finished: Path, tmp_path: Path
+) -> None:
+    work = Path(shutil.copytree(stopped, tmp_path / "out.crossbit-work"))
+    (work / f"{name}.safetensors").unlink()
+    if name == "teacher-00003":
+        with pytest.raises(WorkError, match="missing; start afresh"):
+            train(llama, text, tmp_path / "out", WHOLE, resume=True)
+        return
+    train(llama, text, tmp_path / "out", WHOLE, resume=True)
+    assert weights_of(tmp_path / "out") == weights_of(finished)
+
+
+def test_work_of_another_recipe_is_refused(
+    stopped: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    work = Path(shutil.copytree(stopped, tmp_path / "out.crossbit-work"))
+    before = digests(work)
+    other = WHOLE.model_copy(update={"training": WHOLE.training.model_copy(update={"epochs": 3})})
+    with pytest.raises(InputError, match="another recipe"):
+        train(llama, text, tmp_path / "out", other, resume=True)
+    assert digests(work) == before
