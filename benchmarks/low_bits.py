@@ -73,12 +73,24 @@ _WEIGHTS: _Methods = {
 }
 _A4 = ("activations.bits=4",)
 OURS: dict[str, _Methods] = {
-    "w4a16": _WEIGHTS,
-    "w3a16": _WEIGHTS,
-    "w2a16": _WEIGHTS,
-    "w4a8": {"rtn": ("rtn-w4a8-g64", ()), "crossquant": ("crossquant-w4a8-g64", ())},
-    "w4a4-g64": {"rtn": ("rtn-w4a8-g64", _A4), "crossquant": ("crossquant-w4a8-g64", _A4)},
-    "w4a4": {"rtn": ("rtn-w4a4", ()), "crossquant": ("crossquant-w4a4-channel", ())},
+    "w4a16": {**_WEIGHTS, "cbq": ("cbq-w4a16", ())},
+    "w3a16": {**_WEIGHTS, "cbq": ("cbq-w3a16", ())},
+    "w2a16": {**_WEIGHTS, "cbq": ("cbq-w2a16", ())},
+    "w4a8": {
+        "rtn": ("rtn-w4a8-g64", ()),
+        "crossquant": ("crossquant-w4a8-g64", ()),
+        "cbq": ("cbq-w4a8", ()),
+    },
+    "w4a4-g64": {
+        "rtn": ("rtn-w4a8-g64", _A4),
+        "crossquant": ("crossquant-w4a8-g64", _A4),
+        "cbq": ("cbq-w4a4", ()),
+    },
+    "w4a4": {
+        "rtn": ("rtn-w4a4", ()),
+        "crossquant": ("crossquant-w4a4-channel", ()),
+        "cbq": ("cbq-w4a4-channel", ()),
+    },
 }
 _PEERS_WEIGHTS = ("llmcompressor-gptq", "llmcompressor-awq", "autoround")
 _PEERS_INPUTS = ("llmcompressor-gptq", "llmcompressor-smoothquant-gptq", "autoround")

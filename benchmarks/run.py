@@ -22,6 +22,9 @@ def main() -> None:
     steps = [["quality", *common], ["findings", *common], ["fake_quant_cost", "--work", args.work]]
     if args.peer:
         steps.append(["gptq_peer", *common, "--peer", args.peer])
+    steps += [["train_step"], ["ablation", *common]]
+    if args.peer:
+        steps.append(["low_bits", *common, "--peer", args.peer])
     steps.append(["tables"])
     root = Path(__file__).resolve().parent.parent
     for name, *options in steps:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation import ROWS as ABLATION
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 HERE = Path(__file__).parent
@@ -166,6 +167,58 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What each part of CBQ is worth, every seed that was run."""
+    found = [r for name, r in results.items() if name.startswith("ablation-")]
+    original = next((r for k, r in results.items() if k == "demo-original-40"), None)
+    if not found or original is None:
+        return []
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in found:
+        rows.setdefault(row["row"], []).append(row)
+    lines = [
+        "### Parts of CBQ",
+        "",
+        "SmolLM2-135M-Instruct, W4A16 in groups of 64, embedding and head in bf16, 32 x 512 tokens",
+        "of the embedded text, 3 epochs; WikiText-2 raw test, 40 windows of 2048, exported integers",
+        "(`python -m benchmarks.ablation`). A row that is not listed was not run.",
+        "",
+        "| row | loss, each seed | +- | windows kept as they were | quantize s | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in [name for name in ABLATION if name in rows]:
+        runs = sorted(rows[row], key=lambda r: r["seed"])
+        paired = [paired_loss(r["losses"], original["losses"]) for r in runs]
+        kept = [sum(not w["after"] < w["before"] for w in r["windows"]) for r in runs]
+        lines.append(
+            f"| {row} | {', '.join(f'{100 * p.value:+.2f} %' for p in paired)} | "
+            f"{100 * max(p.stderr for p in paired):.2f} | {', '.join(map(str, kept))} | "
+            f"{max(r['seconds'] for r in runs):.0f} | {max(r['peak_rss'] for r in runs) / 1e6:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def training_step(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Time of an optimiser step."""
+    found = results.get("train-step")
+    if found is None:
+        return []
+    lines = [
+        "### Time of an optimiser step against the bare bf16 forward and backward",
+        "",
+        "Two blocks of SmolLM2-135M-Instruct, 4 x 1024 tokens, median of paired rounds",
+        f"(`{found['conditions']['command']}`).",
+        "",
+        "| rounding | bare s | step s | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name in (k for k in found if k != "conditions"):
+        row = found[name]
+        figures = f"{row['bare_seconds']:.3f} | {row['step_seconds']:.3f} | {row['ratio']:.2f} |"
+        lines.append(f"| {name} | {figures}")
+    return [*lines, ""]
+
+
 def verified(results: dict[str, dict[str, Any]]) -> list[str]:
     """What verification measured on every exported scheme, model by model."""
     found = {k: v for k, v in results.items() if "-verify-" in k}
@@ -298,6 +351,8 @@ def main() -> None:
         *quality(results, "demo-gemma", gemma),
         *peer(results),
         *low_bits(results),
+        *ablation(results),
+        *training_step(results),
         *cost(results),
     ]
     more = [

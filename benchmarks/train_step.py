@@ -1,0 +1,154 @@
+"""Time of an optimiser step of a window against the bare forward and backward of its blocks.
+
+    python -m benchmarks.train_step [--rounds 7]
+
+Two blocks of SmolLM2, 4 x 1024 tokens, bf16. The bare pass makes the gradients of all weights; the
+step makes the trained weights, their gradients, Adam's update and everything else that training
+does. They alternate; the figure is the median of the ratios of neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.store import once
+from crossbit.engine.fit import Optimiser, Progress, Task, _step
+from crossbit.engine.job import Job
+from crossbit.engine.opening import open_block
+from crossbit.engine.plan import make_plan
+from crossbit.engine.trained import layers_of, make_trainable
+from crossbit.engine.workdir import WorkDir
+from crossbit.models.checkpoint import Checkpoint
+from crossbit.models.opening import open_config
+from crossbit.models.shell import Shell
+from crossbit.models.source import resolve_model
+from crossbit.objective import reconstruction_loss
+from crossbit.recipe import Recipe
+
+BLOCKS, SEQUENCES, LENGTH = (3, 4), 4, 1024
+
+
+class Window:
+    """Two blocks twice: as they are, and in training."""
+
+    def __init__(self, settings: tuple[str, ...]) -> None:
+        folder = resolve_model("demo").path
+        self.dtype = torch.bfloat16
+        checkpoint = Checkpoint(folder)
+        self.shell = Shell(open_config(folder))
+        self.shell.load_outside(checkpoint, self.dtype)
+        recipe = Recipe.load("cbq-w4a16", settings)
+        plan = make_plan(self.shell.structure, recipe, self.shell.config.hidden_size)
+        ids = torch.randint(
+            0, 1000, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0)
+        )
+        job = Job(self.shell, checkpoint, plan, recipe, ids, self.dtype, _nothing, lambda: None)
+        self.x = self.shell.embed(ids)
+        self.kwargs = self.shell.block_kwargs(LENGTH, self.dtype)
+        trained = []
+        with TemporaryDirectory() as place:
+            work = WorkDir(Path(place))
+            with work.writer("x", tuple(self.x.shape), self.x.dtype) as writer:
+                writer.append(self.x)
+                stream = writer.commit()
+            for index in BLOCKS:
+                opened = open_block(job, index, stream, None)
+                trained.append(
+                    make_trainable(
+                        index, opened, plan.blocks[index], self.kwargs[index], self.dtype, 0
+                    )
+                )
+        self.bare = [self.shell.load_block(i, checkpoint, self.dtype) for i in BLOCKS]
+        for block in self.bare:
+            for parameter in block.parameters():
+                parameter.requires_grad_(parameter.ndim == 2)
+        target = self.x.clone()
+
+        def read(numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
+            return self.x[numbers], [target[numbers]]
+
+        self.task = Task(
+            blocks=trained,
+            read=read,
+            loss=lambda output, targets: reconstruction_loss(output, targets[0]),
+            fitting=torch.arange(SEQUENCES),
+            held=torch.arange(1),
+            length=LENGTH,
+            settings=recipe.training,
+            steps={name: True for name, _ in layers_of(trained)},
+            dtype=self.dtype,
+            seed=0,
+        )
+        self.optimiser = Optimiser(self.task)
+
+    def plain(self) -> None:
+        """Forward and backward."""
+        hidden = self.x.detach().requires_grad_()
+        for block, index in zip(self.bare, BLOCKS, strict=True):
+            out = block(hidden, **self.kwargs[index])
+            hidden = out[0] if isinstance(out, tuple) else out
+        reconstruction_loss(hidden, self.x).backward()  # type: ignore[no-untyped-call]
+        for block in self.bare:
+            block.zero_grad()
+
+    def trained(self) -> None:
+        """A step of training."""
+        _step(self.task, self.optimiser, Progress(), 100)
+
+
+def _nothing(*_: Any) -> dict[str, Tensor]:
+    return {}
+
+
+def seconds(run: Any) -> float:
+    """Wall seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def measure(settings: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """Medians over alternating runs."""
+    window = Window(settings)
+    window.plain()
+    window.trained()
+    pairs = [(seconds(window.plain), seconds(window.trained)) for _ in range(rounds)]
+    return {
+        "bare_seconds": statistics.median(b for b, _ in pairs),
+        "step_seconds": statistics.median(t for _, t in pairs),
+        "ratio": statistics.median(t / b for b, t in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    variants: dict[str, tuple[str, ...]] = {
+        "full": (),
+        "low_rank": ("solver.parameter=low_rank",),
+        "w4a4": ("activations={bits: 4}",),
+    }
+    found = once(
+        "train-step",
+        "python -m benchmarks.train_step",
+        lambda: {name: measure(changes, args.rounds) for name, changes in variants.items()},
+    )
+    for name in variants:
+        row = found[name]
+        print(
+            f"{name}: {row['step_seconds']:.3f} s a step, {row['bare_seconds']:.3f} s bare, "
+            f"{row['ratio']:.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()
