@@ -180,20 +180,21 @@ def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
         "### Parts of CBQ",
         "",
         "SmolLM2-135M-Instruct, W4A16 in groups of 64, embedding and head in bf16, 32 x 512 tokens",
-        "of the embedded text, 3 epochs; WikiText-2 raw test, 40 windows of 2048, exported integers",
-        "(`python -m benchmarks.ablation`). A row that is not listed was not run.",
+        "of the embedded text, 3 epochs; WikiText-2 raw test, 40 windows of 2048, exported",
+        "integers (`python -m benchmarks.ablation`). A row that is not listed was not run.",
         "",
         "| row | loss, each seed | +- | windows kept as they were | quantize s | peak MB |",
         "|---|---|---|---|---|---|",
     ]
-    for row in [name for name in ABLATION if name in rows]:
-        runs = sorted(rows[row], key=lambda r: r["seed"])
+    for name in [name for name in ABLATION if name in rows]:
+        runs = sorted(rows[name], key=lambda r: r["seed"])
         paired = [paired_loss(r["losses"], original["losses"]) for r in runs]
+        peak = max(r["peak_rss"] for r in runs) / 1e6
         kept = [sum(not w["after"] < w["before"] for w in r["windows"]) for r in runs]
         lines.append(
-            f"| {row} | {', '.join(f'{100 * p.value:+.2f} %' for p in paired)} | "
+            f"| {name} | {', '.join(f'{100 * p.value:+.2f} %' for p in paired)} | "
             f"{100 * max(p.stderr for p in paired):.2f} | {', '.join(map(str, kept))} | "
-            f"{max(r['seconds'] for r in runs):.0f} | {max(r['peak_rss'] for r in runs) / 1e6:.0f} |"
+            f"{max(r['seconds'] for r in runs):.0f} | {peak:.0f} |"
         )
     return [*lines, ""]
 
