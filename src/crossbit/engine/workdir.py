@@ -27,6 +27,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ class WorkDir:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
             self._write_json(MANIFEST, manifest)
-        except OSError as error:
+        except (OSError, WorkError) as error:
+            reason = getattr(error, "strerror", None) or "no space or no permission"
             raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another --out or --work"
+                f"{self.path}: cannot be written ({reason}); choose another --out or --work"
             ) from None
 
     def _manifest(self) -> dict[str, Any] | None:
@@ -215,8 +217,13 @@ class WorkDir:
 
     def _write_json(self, name: str, data: dict[str, Any]) -> None:
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", "utf8")
-        os.replace(temporary, self.path / name)
+        try:
+            temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", "utf8")
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise unwritable(self.path / name, error) from None
 
     def _write_tensors(
         self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
