@@ -114,10 +114,10 @@ def plan(
     """Memory, disk and time that quantize would need with the same options."""
     import psutil
 
-    age = time.time() - psutil.Process().create_time()
     from crossbit.planning import plan as run
     from crossbit.planning import print_plan
 
+    age = time.time() - psutil.Process().create_time()
     _check_json(json_)
     result = run(
         model,

@@ -52,7 +52,7 @@ ROUND_TRIP, FOLD, DEQUANTIZE = 13, 16, 8
 # Elements as wide as the widest input that the fit of a factor keeps of a minibatch of tokens.
 FIT_ROWS, FIT_BUFFERS = 896, 8
 
-STAGES = ("prepare", "open", "solve", "train", "close", "head", "evaluate", "verify")
+STAGES = ("prepare", "open", "solve", "train", "close", "head", "assemble", "evaluate", "verify")
 
 
 def peak_by_stage(description: Description, *, tokenise: float = 0.0) -> dict[str, float]:
@@ -71,6 +71,7 @@ def peak_by_stage(description: Description, *, tokenise: float = 0.0) -> dict[st
         "solve": max(live + _solve(d, b) for b in kinds),
         "close": max(live + _close(d, b) for b in kinds),
         "head": _head(d),
+        "assemble": FINISH_LIBRARIES,
         "verify": FINISH_LIBRARIES + VERIFY_LIBRARIES + _verify(d),
     }
     if d.recipe.trains:
@@ -400,7 +401,10 @@ def _verify(d: Description) -> float:
     )
     # Theirs starts from the stored tensors; our logits are kept, and ours of a layer are made.
     head = d.head or d.embedding
-    compared = (2 * FLOAT + DEQUANTIZE) * head.weights + 2 * logits
+    # Its weight; its output beside ours, their difference, and that in float64.
+    compared = max(2 * logits, DEQUANTIZE * max(layer.weights for layer in last.layers))
+    if head.stored is not None:
+        compared = max(DEQUANTIZE * head.weights + logits, FLOAT * head.weights + 5 * logits)
     untied = FLOAT * d.embedding.weights if d.head is None and d.embedding.stored else 0
     theirs = model + untied + logits + max(compared, ran)
     return max(own, theirs)

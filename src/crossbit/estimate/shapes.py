@@ -34,7 +34,7 @@ class LayerShape:
         groups: scales a row; 0 is one for the whole matrix.
         stored: bytes of its tensors in the export, file headers left out.
         tensors: how many they are.
-        kept: bytes of scales, in float32, that stay in memory beside a weight in training.
+        packed: codes are packed into words.
         input_bits: of its input's grid, None for float.
         integer: it runs as int8 x int8.
         solver, rounding: as in the plan; None and None for a layer that is left alone.
@@ -47,6 +47,7 @@ class LayerShape:
     groups: int
     stored: int
     tensors: int
+    packed: bool
     input_bits: int | None
     integer: bool
     solver: Rtn | Gptq | None
@@ -369,7 +370,9 @@ def _layer(
     rows, columns = info.out_features, info.in_features
     if plan is None:
         stored = rows * columns * dtype.itemsize
-        return LayerShape(rows, columns, 0, stored, 1, None, False, None, None, share, residual)
+        return LayerShape(
+            rows, columns, 0, stored, 1, False, None, False, None, None, share, residual
+        )
     stored, tensors = _stored(rows, columns, layer_scheme(f".{name}", plan))
     activations = plan.activations
     if activations is not None and activations.kind in ("cross_static", "cross_static_clip"):
@@ -388,6 +391,7 @@ def _layer(
         groups=0 if grid.strategy == "tensor" else grid.groups(columns),
         stored=stored,
         tensors=tensors,
+        packed=layer_scheme(f".{name}", plan).format != INT,
         input_bits=None if activations is None else activations.bits,
         integer=integer,
         solver=plan.solver,

@@ -56,7 +56,7 @@ KINDS = (
 
 # Seconds that importing the libraries for finishing and for verification takes, and writing the
 # report; measured on an idle core, and small beside all but the shortest runs.
-FINISH_SECONDS, VERIFY_SECONDS, REPORT_SECONDS = 1.0, 4.0, 2.0
+FINISH_SECONDS, VERIFY_SECONDS, REPORT_SECONDS = 0.8, 3.0, 1.5
 END_ROWS = 4096  # rows of a head that GPTQ solves at a time, each time with a factor of its own
 
 
@@ -81,6 +81,10 @@ def operations(description: Description, *, characters: tuple[int, int] = (0, 0)
     if d.recipe.trains:
         _train(d, counts)
     _head(d, counts["head"])
+    exported = outside(d) + sum(part(d, block) for block in d.blocks)
+    counts["assemble"]["seconds"] += FINISH_SECONDS
+    counts["assemble"]["write"] += 2 * exported  # a shard is put together from files
+    counts["assemble"]["hash"] += exported
     if d.windows:
         _evaluate(d, counts["evaluate"], characters[1])
     _verify(d, counts["verify"], characters[1])
@@ -303,10 +307,6 @@ def _head(d: Description, work: defaultdict[str, float]) -> None:
 
 def _evaluate(d: Description, work: defaultdict[str, float], characters: int) -> None:
     tokens = d.windows * d.window_length
-    exported = outside(d) + sum(part(d, block) for block in d.blocks)
-    work["seconds"] += FINISH_SECONDS
-    work["write"] += 2 * exported  # assembling comes before; each shard is put together of files
-    work["hash"] += exported
     work["characters"] += characters
     work["load"] += d.parameters
     for block in d.blocks:
