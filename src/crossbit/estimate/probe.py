@@ -18,11 +18,12 @@ from torch.nn import functional as F
 
 from crossbit.engine.job import batch_of
 from crossbit.engine.plan import LayerPlan, ModelPlan
+from crossbit.engine.progress import release_memory
 from crossbit.engine.statistics import InputStatistics
 from crossbit.engine.trained import choice_of
 from crossbit.errors import InputError
 from crossbit.estimate.shapes import Description
-from crossbit.estimate.work import KINDS, flops, gptq_flops
+from crossbit.estimate.work import ATTENTION_BACKWARD, KINDS, attention, flops, gptq_flops
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.grid import Grid, QTensor
 from crossbit.models.checkpoint import Checkpoint, count_nonfinite
@@ -52,6 +53,13 @@ def best(run: Callable[[], object], repeats: int = 2) -> float:
         run()
         times.append(time.perf_counter() - began)
     return max(1e-9, min(times))
+
+
+def _let_go() -> None:
+    """Take memory in pieces, and give it back: what is taken next has to be mapped again."""
+    pieces = [torch.zeros(1 << 18) for _ in range(16)]  # 16 MiB, a small layer's temporaries
+    del pieces
+    release_memory()
 
 
 class Probe:
@@ -91,19 +99,31 @@ class Probe:
         found["load"] = (time.perf_counter() - began) / shape.parameters
         self.shell.free_block(self.index)
         length = self.d.length if self.d.samples else self.d.window_length
-        while length > 128 and length * flops(self.d, shape, length) > PROBE_FLOPS:
+        while length > 128 and length * flops(shape) > PROBE_FLOPS:
             length //= 2
         kwargs = self.shell.block_kwargs(length, self.dtype)[self.index]
         count = max(1, min(batch_of(length), int(PROBE_FLOPS / length / 2 / shape.weights)))
         x = self.normal(count, length, self.d.width).to(self.dtype)
         with torch.no_grad():
             taken = best(lambda: block(x, **kwargs))
-        work = length * flops(self.d, shape, length)
-        found["forward"] = taken / (count * work)
-        found["quantized"] = found["forward"] * self._quantized(length * count)
+        found["attention"] = self._attention(length)
+        attending = found["attention"] * attention(self.d, length)
+        tokens = count * length
+        # At least a tenth, should the two have been measured under different loads.
+        found["forward"] = max(taken / tokens - attending, 0.1 * taken / tokens) / flops(shape)
+        found["quantized"] = found["forward"] * self._quantized(tokens)
         if "trained" in kinds:
-            found["trained"] = self._trained(block, x[:1], kwargs) / work
+            taken = self._trained(block, x[:1], kwargs) / length
+            taken = max(taken - attending * (1 + ATTENTION_BACKWARD), 0.1 * taken)
+            found["trained"] = taken / flops(shape)
         return found
+
+    def _attention(self, length: int) -> float:
+        d = self.d
+        q, k, v = (self.normal(1, d.heads, length, d.head_width).to(self.dtype) for _ in range(3))
+        run = F.scaled_dot_product_attention
+        taken = best(lambda: run(q, k, v, is_causal=True))
+        return taken / (length * attention(d, length))
 
     def _trained(self, block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> float:
         for module in block.modules():
@@ -158,14 +178,13 @@ class Probe:
         """Float32 products, the factorisation, X^T X."""
         found: dict[str, float] = {}
         a, b = self.normal(SIDE, SIDE), self.normal(SIDE, SIDE)
-        plain = best(lambda: a @ b) / (2.0 * SIDE**3)
-        found["float32"] = found["reference"] = plain
-        if self.d.recipe.transforms:
+        found["float32"] = best(lambda: a @ b) / (2.0 * SIDE**3)
+        if "judge" in kinds:
             with fast_products(a.device):
-                found["float32"] = best(lambda: a @ b) / (2.0 * SIDE**3)
+                found["judge"] = best(lambda: a @ b) / (2.0 * SIDE**3)
         if "thin" in kinds:
             inner = min(128, self._fitting(SIDE).group_size or 128)
-            found["thin"] = best(lambda: a.addmm_(b[:, :inner], b[:inner], alpha=0.0)) / (
+            found["thin"] = best(lambda: a.addmm_(b[:, :inner], b[:inner], alpha=1e-9)) / (
                 2.0 * SIDE**2 * inner
             )
         if "factor" in kinds:
@@ -201,7 +220,7 @@ class Probe:
 
     def weights(self, kinds: set[str]) -> dict[str, float]:
         """Passes over a weight: rounding, searching, packing, reading back."""
-        rows, columns = SIDE // 2, SIDE
+        rows, columns = 2 * SIDE, SIDE  # larger than a cache, as layers are
         weight, grid = self.normal(rows, columns), self._fitting(SIDE)
         count = float(rows * columns)
         known = rtn(weight, grid)
@@ -232,8 +251,8 @@ class Probe:
     def search(self, kinds: set[str], rates: dict[str, float]) -> dict[str, float]:
         """Judging a candidate of a search, and the fit of a factor."""
         found: dict[str, float] = {}
-        rows = columns = SIDE // 2
-        grid, sample = self._fitting(columns), self.normal(SIDE, columns)
+        rows = columns = SIDE
+        grid, sample = self._fitting(columns), self.normal(2 * SIDE, columns)
         weight, ones = self.normal(rows, columns), torch.ones(columns)
         problem = FoldProblem(
             [weight], [grid], self.layer.activations, ones * 4, ones, sample, fitting=sample
@@ -242,8 +261,8 @@ class Probe:
             with fast_products(sample.device):
                 wanted = [sample @ weight.T]
                 taken = best(lambda: output_error(problem, ones, wanted))
-            taken -= rates["float32"] * 2 * SIDE * rows * columns + rates["trip"] * rows * columns
-            elements = SIDE * (rows + (columns if self.layer.activations else 0))
+            taken -= rates["judge"] * 4 * SIDE * rows * columns + rates["trip"] * rows * columns
+            elements = 2 * SIDE * (rows + (columns if self.layer.activations else 0))
             found["sampled"] = max(0.0, taken) / elements
         if "fit" in kinds:
             times = [
@@ -267,7 +286,7 @@ class Probe:
             for layer in block.layers.values()
             if layer.rounding is not None
         )
-        rows, columns = SIDE // 2, SIDE
+        rows, columns = 2 * SIDE, SIDE  # larger than a cache, as layers are
         weight, grid = self.normal(rows, columns), self._fitting(SIDE)
         state = start_rounding(weight, rtn(weight, grid), choice_of(rounding))
         gradient = weight.to(self.dtype)
@@ -310,6 +329,7 @@ class Probe:
             "write": written / WRITTEN,
             "read": reading / WRITTEN,
             "hash": best(lambda: tensor_sha256("probe", data)) / WRITTEN,
+            "release": best(_let_go, 3),
             "scan": best(lambda: count_nonfinite(part)) / part.nbytes,
         }
 

@@ -3,7 +3,7 @@
 forward      flops of a block without gradients, in the dtype of computation
 quantized    the same with quantized inputs
 trained      flops of a forward pass that a backward pass follows (both together)
-float32      flops of large float32 products; ``reference``: without oneDNN's fast mode
+float32      flops of large float32 products; ``judge``: of those in a search
 thin         flops of rank updates in GPTQ
 hessian      multiply-adds of X^T X
 factor       K^3 of a Cholesky factorisation with the triangular inverse
@@ -48,15 +48,26 @@ from crossbit.transforms import column_fit, cross_fold, smooth
 Work = dict[str, dict[str, float]]
 
 KINDS = (
-    *("forward", "quantized", "trained", "float32", "reference", "thin", "hessian", "factor"),
+    *(
+        "forward",
+        "quantized",
+        "trained",
+        "attention",
+        "float32",
+        "judge",
+        "thin",
+        "hessian",
+        "factor",
+    ),
     *("column", "cell", "round", "clip", "awq_clip", "trip", "sampled", "fit", "fold", "ranges"),
     *("soften", "pull", "adam", "logits", "load", "pack", "unpack", "write", "read", "hash"),
-    *("scan", "characters", "seconds"),
+    *("scan", "characters", "release", "seconds"),
 )
 
 # Seconds that importing the libraries for finishing and for verification takes, and writing the
 # report; measured on an idle core, and small beside all but the shortest runs.
-FINISH_SECONDS, VERIFY_SECONDS, REPORT_SECONDS = 0.8, 3.0, 1.5
+FINISH_SECONDS, VERIFY_SECONDS, REPORT_SECONDS = 0.8, 2.0, 1.0
+ATTENTION_BACKWARD = 2.5  # of the forward pass's flops: five products where that has two
 END_ROWS = 4096  # rows of a head that GPTQ solves at a time, each time with a factor of its own
 
 
@@ -104,19 +115,44 @@ def seconds(work: Work, rates: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def flops(d: Description, block: BlockShape, length: int) -> float:
-    """Of a token in a sequence of ``length`` through a block: products and causal attention."""
-    return 2.0 * block.active + 2.0 * length * d.heads * d.head_width
+def flops(block: BlockShape) -> float:
+    """Of a token through the products of a block."""
+    return 2.0 * block.active
+
+
+def attention(d: Description, length: int) -> float:
+    """Flops of a token's causal attention in a sequence of ``length``."""
+    return 2.0 * length * d.heads * d.head_width
+
+
+def _pass(
+    work: defaultdict[str, float],
+    kind: str,
+    d: Description,
+    block: BlockShape,
+    sequences: int,
+    length: int,
+) -> None:
+    """Sequences through a block."""
+    tokens = float(sequences) * length
+    work[kind] += tokens * flops(block)
+    backward = ATTENTION_BACKWARD if kind == "trained" else 0.0
+    work["attention"] += tokens * attention(d, length) * (1 + backward)
+
+
+def _kind(block: BlockShape) -> str:
+    return "quantized" if any(layer.input_bits for layer in block.layers) else "forward"
 
 
 def _open(d: Description, block: BlockShape, work: defaultdict[str, float]) -> None:
     work["load"] += block.parameters
     if not d.samples:
         return
+    work["release"] += 2
     tokens = d.samples * d.length
     fitting = (d.samples - d.held) * d.length
     work["load"] += 2 * block.parameters  # the copy that runs
-    work["forward"] += tokens * flops(d, block, d.length)
+    _pass(work, "forward", d, block, d.samples, d.length)
     work["read"] += stream_bytes(d, d.samples)
     for group in block.groups:
         if wants_ranges(d.recipe):
@@ -159,7 +195,7 @@ def _fold(
     rows = min(SAMPLE_ROWS, d.held * d.length * group.share)
     outputs = sum(layer.rows for layer in group.layers)
     references = 2 if fits else 1  # the fitted factor is judged by a search of its own
-    work["float32"] += 2 * rows * group.weights * (candidates + references)
+    work["judge"] += 2 * rows * group.weights * (candidates + references)
     work["trip"] += candidates * group.weights
     work["sampled"] += candidates * rows * (outputs + (group.columns if rounds_inputs else 0))
     work["fold"] += group.weights
@@ -172,8 +208,10 @@ def _fold(
 
 def _solve(d: Description, block: BlockShape, work: defaultdict[str, float]) -> None:
     for group in block.groups:
+        work["release"] += len([x for x in group.layers if isinstance(x.solver, Rtn)])
         together = [x for x in group.layers if isinstance(x.solver, Gptq)]
         if together:
+            work["release"] += 1
             _gptq(group.columns, together, work)
         for layer in group.layers:
             if isinstance(layer.solver, Gptq):
@@ -224,11 +262,11 @@ def gptq_flops(rows: int, columns: int, groups: int, solver: Gptq) -> tuple[floa
 def _close(d: Description, block: BlockShape, work: defaultdict[str, float]) -> None:
     weights = sum(layer.weights for layer in block.planned)
     work["pack"] += weights
+    work["release"] += 1
     work["write"] += part(d, block)
     if d.samples:
         work["unpack"] += weights
-        kind = "quantized" if any(layer.input_bits for layer in block.layers) else "forward"
-        work[kind] += d.samples * d.length * flops(d, block, d.length)
+        _pass(work, _kind(block), d, block, d.samples, d.length)
         work["read"] += stream_bytes(d, d.samples)
         work["write"] += stream_bytes(d, d.samples) + stream_bytes(d, d.held)
 
@@ -241,24 +279,20 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
     for window in d.schedule:
         blocks = [d.blocks[i] for i in window.blocks]
         for index, block in zip(window.blocks, blocks, strict=True):
-            once = d.samples * d.length * flops(d, block, d.length)
             if index >= opened:  # the teacher's activations
                 opening["load"] += block.parameters
-                opening["forward"] += once
+                _pass(opening, "forward", d, block, d.samples, d.length)
                 opening["write"] += stream
             if index < window.stop - 1 and window.stop > opened:  # what the next block begins with
-                opening["forward"] += once
+                _pass(opening, "forward", d, block, d.samples, d.length)
                 opening["soften"] += sum(layer.weights for layer in block.planned)
                 opening["write"] += stream
             if d.recipe.objective.homologous:
-                work["forward"] += once
+                _pass(work, "forward", d, block, d.samples, d.length)
                 work["load"] += block.parameters
                 work["write"] += stream
-            judged = d.held * d.length * flops(d, block, d.length)
-            kind = "quantized" if any(x.input_bits for x in block.layers) else "forward"
-            work[kind] += (training.epochs + 1) * judged
-            learnt = fitting * d.length * flops(d, block, d.length)
-            work["trained"] += training.epochs * learnt
+            _pass(work, _kind(block), d, block, (training.epochs + 1) * d.held, d.length)
+            _pass(work, "trained", d, block, training.epochs * fitting, d.length)
             for layer in block.planned:
                 work["soften"] += (steps + training.epochs + 1) * layer.weights
                 if layer.rounding is not None:
@@ -271,7 +305,7 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
             work["trained"] += 2 * 2 * tokens * d.vocabulary * d.width
         for index in window.hardened:
             closing["load"] += d.blocks[index].parameters
-            closing["forward"] += d.held * d.length * flops(d, d.blocks[index], d.length)
+            _pass(closing, "forward", d, d.blocks[index], d.held, d.length)
         staying = range(window.hardened.stop, window.stop)
         work["write"] += sum(packed(d, d.blocks[i]) for i in staying)
         opened = window.stop
@@ -310,10 +344,9 @@ def _evaluate(d: Description, work: defaultdict[str, float], characters: int) ->
     work["characters"] += characters
     work["load"] += d.parameters
     for block in d.blocks:
-        once = tokens * flops(d, block, d.window_length)
-        work["forward"] += once
-        kind = "quantized" if any(x.input_bits for x in block.layers) else "forward"
-        work[kind] += once
+        _pass(work, "forward", d, block, d.windows, d.window_length)
+        _pass(work, _kind(block), d, block, d.windows, d.window_length)
+        work["release"] += 2
         work["unpack"] += 2 * sum(layer.weights for layer in block.planned)
     work["unpack"] += sum(e.weights for e in (d.embedding, d.head) if e and e.stored is not None)
     work["forward"] += 2 * 2 * tokens * d.vocabulary * d.width
@@ -331,6 +364,7 @@ def _verify(d: Description, work: defaultdict[str, float], characters: int) -> N
     # its layers once more to compare weights, once more to compare outputs.
     work["unpack"] += (2 * 2 + 1 + 2) * (planned + ends)
     work["load"] += 3 * (d.parameters - planned - ends)
-    once = sum(flops(d, block, d.verify_length) for block in d.blocks)
+    once = sum(flops(block) + attention(d, d.verify_length) for block in d.blocks)
     once += 2.0 * d.vocabulary * d.width
-    work["reference"] += 4 * d.verify_length * once
+    # And every layer that has integers on its own, beside theirs.
+    work["float32"] += d.verify_length * (3 * once + 2.0 * (planned + ends))
