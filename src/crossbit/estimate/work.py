@@ -1,8 +1,9 @@
 """Operations of every stage, by kind; ``probe`` measures what one of each kind takes.
 
-forward      flops of a block without gradients, in the dtype of computation
+forward      flops of a block's products without gradients, in the dtype of computation
 quantized    the same with quantized inputs
 trained      flops of a forward pass that a backward pass follows (both together)
+attention    flops of causal attention, forward
 float32      flops of large float32 products; ``judge``: of those in a search
 thin         flops of rank updates in GPTQ
 hessian      multiply-adds of X^T X
@@ -21,6 +22,7 @@ pack, unpack weights written as the export has them, and read back
 write, read, hash    bytes
 scan         bytes of the checkpoint looked at for NaN
 characters   of text made into tokens
+release      times that freed memory is given back
 seconds      what is no function of the model
 """
 
