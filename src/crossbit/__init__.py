@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from crossbit.errors import InputError as InputError
     from crossbit.errors import WorkError as WorkError
     from crossbit.pipeline import quantize as quantize
+    from crossbit.planning import plan as plan
     from crossbit.recipe import Recipe as Recipe
     from crossbit.verification import verify as verify
 
@@ -28,6 +29,7 @@ _HOME = {
     "analyze": "analysis.run",
     "evaluate": "api",
     "generate": "api",
+    "plan": "planning",
     "quantize": "pipeline",
     "verify": "verification",
     "Recipe": "recipe",

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -55,6 +56,9 @@ def quantize(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="accept .bin/.pt checkpoints")
     ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="start even if memory or disk seem too small")
+    ] = False,
     json_: Json = None,
 ) -> None:
     """Quantize a model into a folder that runtimes load, verify and evaluate it."""
@@ -78,10 +82,60 @@ def quantize(
         device=device,
         dequantize=dequantize,
         allow_pickle=allow_pickle,
+        check=not no_check,
         quiet=False,
     )
     _write_json(json_, result)
     _print_quantized(result, out)
+
+
+@app.command()
+def plan(
+    model: ModelArg,
+    recipe: Annotated[str, typer.Option(help="preset name or YAML file")] = "crossquant-w8a8",
+    out: Annotated[Path, typer.Option(help="folder that quantize would write")] = Path("out"),
+    calibration: Annotated[str | None, typer.Option(help="text name or file")] = None,
+    samples: Annotated[int | None, typer.Option(help="calibration sequences")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens of each")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes the recipe; repeatable")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="work folder")] = None,
+    revision: Revision = None,
+    dtype: DtypeOption = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="accept a model that is quantized already")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="accept .bin/.pt checkpoints")
+    ] = False,
+    json_: Json = None,
+) -> None:
+    """Memory, disk and time that quantize would need with the same options."""
+    import psutil
+
+    from crossbit.planning import plan as run
+    from crossbit.planning import print_plan
+
+    age = time.time() - psutil.Process().create_time()
+    _check_json(json_)
+    result = run(
+        model,
+        recipe,
+        out=out,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        settings=tuple(set_ or ()),
+        work=work,
+        revision=revision,
+        dtype=_dtype(dtype),
+        dequantize=dequantize,
+        allow_pickle=allow_pickle,
+        age=age,
+    )
+    _write_json(json_, result)
+    print_plan(result, Console())
 
 
 @app.command()

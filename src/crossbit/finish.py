@@ -21,23 +21,11 @@ from crossbit.export.research import wrap
 from crossbit.export.shards import ShardWriter
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.families import needs_bos
-from crossbit.models.gguf import SOURCE_FILE
-from crossbit.output import RESULT_FILE, OutputFolder
+from crossbit.output import RESULT_FILE, OutputFolder, companions
 from crossbit.report.html import write_report
 from crossbit.report.model_card import model_card
-from crossbit.run import Run, evaluation_length
+from crossbit.run import VERIFY_TOKENS, Run, evaluation_length
 from crossbit.verification import VerifyRecord, file_digests, own_logits, sketch_logits, verify
-
-VERIFY_TOKENS = 512
-_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
-_NOT_COPIED = {
-    "config.json",
-    "README.md",
-    RESULT_FILE,
-    SOURCE_FILE,  # tells of the model before this run
-    "report.html",
-    "model.safetensors.index.json",
-}
 
 
 def finish(run: Run, work: WorkDir, output: OutputFolder, reporter: Reporter) -> dict[str, Any]:
@@ -107,13 +95,8 @@ def _write_config(run: Run, staged: Path) -> None:
 
 def _copy_companions(run: Run, staged: Path) -> None:
     """Tokenizer, chat template, generation config, licence: every small file that is no weight."""
-    for path in sorted(run.folder.path.iterdir()):
-        name = path.name
-        if not path.is_file() or name.startswith(".") or name in _NOT_COPIED:
-            continue
-        if name.endswith(_WEIGHT_SUFFIXES) or ".safetensors." in name:
-            continue
-        shutil.copyfile(path, staged / name)
+    for path in companions(run.folder.path):
+        shutil.copyfile(path, staged / path.name)
 
 
 def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:

@@ -11,8 +11,18 @@ from typing import Any
 
 from crossbit.engine.workdir import MANIFEST
 from crossbit.errors import InputError, WorkError
+from crossbit.models.gguf import SOURCE_FILE
 
 RESULT_FILE = "crossbit.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
+_NOT_COPIED = {
+    "config.json",
+    "README.md",
+    RESULT_FILE,
+    SOURCE_FILE,  # tells of the model before this run
+    "report.html",
+    "model.safetensors.index.json",
+}
 
 
 class OutputFolder:
@@ -120,6 +130,24 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("recipe"), dict):
         raise InputError(f"{path}: damaged; quantize again with --overwrite")
     return data
+
+
+def companions(folder: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config, licence: every small file that is no weight."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in _NOT_COPIED
+        and not path.name.endswith(_WEIGHT_SUFFIXES)
+        and ".safetensors." not in path.name
+    ]
+
+
+def companion_bytes(folder: Path) -> int:
+    """Size of the ``companions`` of a model's folder."""
+    return sum(path.stat().st_size for path in companions(folder))
 
 
 def _check_writable(folder: Path) -> None:

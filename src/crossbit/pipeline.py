@@ -26,13 +26,15 @@ from crossbit.engine.plan import ModelPlan, make_plan
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import WorkDir
 from crossbit.errors import InputError, WorkError
+from crossbit.estimate.shapes import Description, describe
+from crossbit.estimate.verdict import refuse
 from crossbit.export.artifact import block_tensors, quantize_outside, round_embedding
 from crossbit.models.checkpoint import Checkpoint, scan_finite
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
-from crossbit.output import OutputFolder, read_result
+from crossbit.output import OutputFolder, companion_bytes, read_result
 from crossbit.recipe import Calibration, Gptq, Recipe, first_solver
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
@@ -53,6 +55,20 @@ class Prepared:
     calibration: dict[str, Any] | None
     ids: Tensor | None
     notes: list[str]
+    windows: int
+
+    @property
+    def description(self) -> Description:
+        """The numbers of the run, for an estimate."""
+        return describe(
+            self.shell,
+            self.plan,
+            self.recipe,
+            self.dtype,
+            windows=self.windows,
+            source_bytes=self.checkpoint.nbytes,
+            companions=companion_bytes(self.folder.path),
+        )
 
 
 def quantize(
@@ -73,6 +89,7 @@ def quantize(
     device: str = "cpu",
     dequantize: bool = False,
     allow_pickle: bool = False,
+    check: bool = True,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Quantize a causal language model into the folder ``out``.
@@ -94,6 +111,7 @@ def quantize(
         device: "cpu" or "cuda".
         dequantize: accept a model that is quantized already, and dequantize it.
         allow_pickle: accept pickle-only checkpoints.
+        check: refuse to start where memory or disk will not fit (see ``crossbit.plan``).
         quiet: print nothing.
 
     Returns:
@@ -104,7 +122,7 @@ def quantize(
     """
     reporter = Reporter(quiet)
     started = time.monotonic()
-    chosen = _with_options(Recipe.load(recipe, settings), calibration, samples, length, seed)
+    chosen = with_options(Recipe.load(recipe, settings), calibration, samples, length, seed)
     check_recipe(chosen)
     output = OutputFolder(Path(out), Path(work) if work else None)
     output.check(overwrite=overwrite, resume=resume)
@@ -121,6 +139,9 @@ def quantize(
         if known is not None:
             reporter.say(f"{output.final}: finished already, nothing to do")
             return known
+    if check:
+        refuse(prepared.description, model, output.work, output.final, memory=device == "cpu")
+        prepared.checkpoint.close()
     for note in prepared.notes:
         reporter.say(f"note: {note}")
     directory = WorkDir(output.work)
@@ -171,13 +192,14 @@ def _work(
     return result
 
 
-def _with_options(
+def with_options(
     recipe: Recipe,
     calibration: str | None,
     samples: int | None,
     length: int | None,
     seed: int | None,
 ) -> Recipe:
+    """A recipe with what was asked for in place of its own calibration settings."""
     options = {"text": calibration, "samples": samples, "length": length, "seed": seed}
     given = {k: v for k, v in options.items() if v is not None}
     if not given:
@@ -206,18 +228,30 @@ def _finished(final: Path, manifest: dict[str, Any], overwrite: bool) -> dict[st
     return None
 
 
-def _prepare(
-    folder: ModelFolder, recipe: Recipe, dtype: torch.dtype | None, device: str
-) -> Prepared:
-    config = open_config(folder.path)
-    tokenizer = open_tokenizer(folder.path)
+def open_model(
+    folder: ModelFolder, config: Any, recipe: Recipe, device: str
+) -> tuple[Checkpoint, Shell, ModelPlan]:
+    """The model without its weights, checked against its files and the recipe.
+
+    Raises:
+        InputError: files, config and recipe do not belong together.
+    """
     checkpoint = Checkpoint(folder.path)
     shell = Shell(config, device=device)
     shell.check(checkpoint)
     check_model(recipe, shell.structure)
     width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
-    plan = make_plan(shell.structure, recipe, int(width))
+    return checkpoint, shell, make_plan(shell.structure, recipe, int(width))
+
+
+def _prepare(
+    folder: ModelFolder, recipe: Recipe, dtype: torch.dtype | None, device: str
+) -> Prepared:
+    config = open_config(folder.path)
+    tokenizer = open_tokenizer(folder.path)
+    checkpoint, shell, plan = open_model(folder, config, recipe, device)
     calibration = ids = None
+    windows = 0
     settings = recipe.calibration
     if needs_calibration(recipe):
         check_length(config, settings.length)
@@ -234,13 +268,15 @@ def _prepare(
         del corpus
     if recipe.evaluation.windows:
         # Found now rather than after the work: a text that cannot be read or is too short.
-        evaluation_windows(
+        found = evaluation_windows(
             load_text(recipe.evaluation.text, split="evaluation", tokenizer=tokenizer),
             tokenizer,
             length=evaluation_length(config, recipe.evaluation.length),
             windows=None,
             bos=needs_bos(config),
         )
+        windows = len(found)
+        del found
     del tokenizer
     gc.collect()
     release_memory()  # what tokenising the texts left behind
@@ -257,6 +293,7 @@ def _prepare(
         calibration=calibration,
         ids=ids,
         notes=warnings(recipe, shell.structure),
+        windows=windows,
     )
 
 

@@ -12,6 +12,8 @@ from crossbit.models.source import ModelFolder
 from crossbit.models.structure import ModelStructure
 from crossbit.recipe import Recipe
 
+VERIFY_TOKENS = 512  # of text that verification compares logits on
+
 
 @dataclass(frozen=True)
 class Run:

@@ -30,6 +30,7 @@ import transformers
 from torch import Tensor, nn
 
 from crossbit.device import check_device
+from crossbit.engine.progress import release_memory
 from crossbit.errors import InputError
 from crossbit.export.comparison import Check, LayerComparison, compare_experts, some
 from crossbit.export.fingerprint import tensor_sha256
@@ -233,7 +234,10 @@ def own_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
         )
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits[0]
-    return logits.float().cpu()
+    found = logits.float().cpu()
+    del model, logits
+    release_memory()  # another whole model follows
+    return found
 
 
 def reload_model(

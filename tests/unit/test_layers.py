@@ -29,9 +29,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine", "export", "run"),
     ("runtime", "output"),
     ("evaluation", "verification"),
-    ("analysis", "finish"),
+    ("analysis", "finish", "estimate"),
     ("pipeline",),
-    ("api",),
+    ("api", "planning"),
     ("cli",),
     ("__main__",),
 )

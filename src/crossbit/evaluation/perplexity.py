@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossbit.engine.progress import Reporter
+from crossbit.engine.progress import Reporter, release_memory
 from crossbit.errors import WorkError
 from crossbit.runtime.loader import BlockSource
 
@@ -41,6 +41,7 @@ def window_losses(source: BlockSource, ids: Tensor, reporter: Reporter, title: s
             part = slice(start, start + batch)
             hidden[part] = shell.run_block(index, hidden[part], kwargs[index])
         source.free(index)
+        release_memory()  # pieces of freed blocks add up
     losses = [_window_loss(source, h, i) for h, i in zip(hidden, ids, strict=True)]
     if not all(map(torch.isfinite, torch.tensor(losses))):
         raise WorkError(f"{title}: the loss is not finite; try --dtype float32")

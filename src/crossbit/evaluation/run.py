@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossbit.engine.progress import Reporter
+from crossbit.engine.progress import Reporter, release_memory
 from crossbit.evaluation.perplexity import window_losses
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
 from crossbit.runtime.linear import Execution
@@ -30,7 +30,10 @@ def losses_of(
 ) -> list[float]:
     """Mean negative log-likelihood (nats) of every window int64 [W, L] under a local folder."""
     source = open_blocks(folder, dtype=dtype, device=device, execution=execution, divisor=divisor)
-    return window_losses(source, ids, reporter or Reporter(quiet=True), title)
+    found = window_losses(source, ids, reporter or Reporter(quiet=True), title)
+    del source
+    release_memory()
+    return found
 
 
 def compare_losses(original: Sequence[float], quantized: Sequence[float]) -> dict[str, Any]:

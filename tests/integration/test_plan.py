@@ -1,0 +1,116 @@
+"""``crossbit plan``, and quantize's refusal of a run that does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.pipelines import custom
+from tests.running import Cli, short_run
+
+import crossbit
+from crossbit.estimate import verdict
+from crossbit.estimate.machine import held_memory
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@pytest.fixture
+def options(source: Path) -> list[str]:
+    """Model and calibration of a short run, in which calibration needs most of the disk."""
+    text = source.with_name("text.txt")
+    return [str(source), "--recipe", "gptq-w8a8", *short_run(text), "--samples", "64"]
+
+
+def left(place: Path) -> list[str]:
+    """What commands wrote beside their cache."""
+    return sorted(p.name for p in place.iterdir() if p.name != "cache")
+
+
+def planned(cli: Cli, options: list[str], place: Path) -> Any:
+    ran = cli("plan", *options, "--out", place / "out", "--json", place / "plan.json")
+    assert ran.code == 0, ran.err
+    return json.loads((place / "plan.json").read_text("utf8")), ran.out
+
+
+def test_plan_prints_a_table_and_writes_json(cli: Cli, options: list[str], tmp_path: Path) -> None:
+    result, shown = planned(cli, options, tmp_path)
+    assert left(tmp_path) == ["plan.json"]
+    assert result["fits"] is True
+    assert result["advice"] is None
+    assert "it fits" in shown
+    stages = {row["stage"]: row for row in result["stages"]}
+    assert set(stages) == {
+        *("prepare", "open", "solve", "close", "head", "assemble", "evaluate", "verify")
+    }
+    for name, row in stages.items():
+        assert re.search(rf"│ {name} +│ +[\d.]+ [GM]iB │ +[\d.]+ s │", shown), name
+        assert row["memory"] > 0
+        assert row["seconds"] >= 0
+    assert result["memory"]["peak"] == max(row["memory"] for row in stages.values())
+    assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in stages.values()))
+    assert result["disk"]["available_output"] is None
+    assert all(rate >= 0 for rate in result["rates"].values())
+
+
+def test_plan_of_a_recipe_that_trains(cli: Cli, options: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "trained.yaml"
+    recipe.write_text(json.dumps(custom(solver={"kind": "rounding"}).model_dump(mode="json")))
+    result, _ = planned(cli, [options[0], "--recipe", str(recipe), *options[3:]], tmp_path)
+    train = next(row for row in result["stages"] if row["stage"] == "train")
+    assert train["memory"] > 0
+    assert train["seconds"] > 0
+
+
+def test_plan_refuses_what_quantize_refuses(cli: Cli, options: list[str], tmp_path: Path) -> None:
+    assert "did you mean" in cli("plan", options[0], "--recipe", "rtn-w4a61").refusal
+    assert "positions" in cli("plan", *options, "--length", "1024").refusal
+    assert "no such" in cli("plan", tmp_path / "nothing").refusal
+
+
+def test_the_python_function(source: Path, tmp_path: Path) -> None:
+    settings = ("evaluation.windows=0",)
+    result = crossbit.plan(str(source), "rtn-w8a16", out=tmp_path / "out", settings=settings)
+    assert result["recipe"] == "rtn-w8a16"
+    assert "evaluate" not in [row["stage"] for row in result["stages"]]
+
+
+def test_quantize_refuses_for_want_of_memory(
+    cli: Cli, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "available_memory", lambda: held_memory() + MIB)
+    message = cli("quantize", *options, "--out", tmp_path / "out").refusal
+    assert re.search(r"needs .* of memory \(stage verify\), .* are available", message)
+    assert "use a machine with" in message
+    assert "--no-check" in message
+    assert left(tmp_path) == []
+    result, shown = planned(cli, options, tmp_path)
+    assert result["fits"] is False
+    assert "it does not fit: needs" in shown
+
+
+def test_quantize_refuses_for_want_of_disk_and_names_what_fits(
+    cli: Cli, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = planned(cli, options, tmp_path)[0]["disk"]["work"]
+    (tmp_path / "plan.json").unlink()
+    monkeypatch.setattr(verdict, "available_disk", lambda _: need - KIB)
+    message = cli("quantize", *options, "--out", tmp_path / "out").refusal
+    assert "of disk in the work folder" in message
+    assert "give --work on a disk with" in message
+    assert left(tmp_path) == []
+    option = message.partition("it would fit with ")[2].partition(",")[0]
+    assert option == "--samples 32"
+    ran = cli("quantize", *options, *option.split(), "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+
+
+def test_quantize_starts_anyway_where_it_is_told_to(
+    cli: Cli, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "available_memory", lambda: 1)
+    ran = cli("quantize", *options, "--out", tmp_path / "out", "--samples", "4", "--no-check")
+    assert ran.code == 0, ran.err

@@ -1,0 +1,292 @@
+"""What a run will need: sizes that equal the real ones, and how estimates move with settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.pipelines import run, shorten, write_text
+from tests.tiny import BLOCKS, FAMILIES, tiny_config, tiny_folder
+
+from crossbit.engine.closing import close_block
+from crossbit.engine.plan import make_plan
+from crossbit.engine.workdir import WorkDir, part_name
+from crossbit.errors import InputError
+from crossbit.estimate import verdict
+from crossbit.estimate.disk import disk, outside, part, stream_bytes
+from crossbit.estimate.machine import available_disk, available_memory, held_memory
+from crossbit.estimate.memory import STAGES, peak_by_stage
+from crossbit.estimate.shapes import Description, describe, with_recipe
+from crossbit.estimate.verdict import Room, advice, changed, changes, estimate, refuse
+from crossbit.estimate.work import KINDS, operations, seconds
+from crossbit.models.shell import Shell
+from crossbit.recipe import Recipe
+
+MIB = 1 << 20
+TRAINED: dict[str, Any] = {
+    "weights": {"bits": 4, "group": 16},
+    "solver": {"kind": "rounding"},
+}
+RATES = dict.fromkeys(KINDS, 1e-9)
+LARGE = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 2048}
+
+
+def recipe_of(*settings: str, base: Any = TRAINED) -> Recipe:
+    data = base if isinstance(base, str) else Recipe.parse(base, "custom")
+    return Recipe.load(data, settings)
+
+
+def description(recipe: Recipe, family: str = "llama", *, large: bool = True) -> Description:
+    """Of a tiny model, or of one whose weights weigh something; nothing is loaded."""
+    config = tiny_config(family, tied=False)
+    if large:
+        for key, value in {**LARGE, "num_hidden_layers": 6}.items():
+            setattr(config, key, value)
+    shell = Shell(config)
+    width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
+    plan = make_plan(shell.structure, recipe, int(width))
+    return describe(shell, plan, recipe, torch.float32)
+
+
+def peak(recipe: Recipe, *settings: str) -> float:
+    found = peak_by_stage(description(recipe_of(*settings, base=recipe.model_dump(mode="json"))))
+    return max(found[s] for s in STAGES if s in found and s not in ("verify", "evaluate"))
+
+
+# -- how estimates move ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [TRAINED, "gptq-w4a16", "crossquant-w8a8"], ids=str)
+def test_more_calibration_never_needs_less(base: Any) -> None:
+    before: dict[str, float] = {}
+    for samples, length in ((8, 64), (8, 256), (32, 256), (64, 512)):
+        sized = (f"calibration.samples={samples}", f"calibration.length={length}")
+        found = estimate(description(recipe_of(*sized, base=base)), held=0, rates=RATES)
+        assert found.time is not None
+        now = {**found.memory, "disk": found.disk.work, "time": found.time}
+        assert all(now[key] >= value for key, value in before.items()), sized
+        assert now["disk"] > before.get("disk", 0)
+        assert now["time"] > before.get("time", 0)
+        before = now
+
+
+def test_a_window_of_more_blocks_needs_more() -> None:
+    found = []
+    for window in (1, 2, 3):
+        settings = (f"objective.window={window}", f"objective.overlap={window - 1}")
+        d = description(recipe_of(*settings))
+        found.append((peak_by_stage(d)["train"], disk(d).work))
+    assert found == sorted(found)
+    assert len(set(found)) == len(found)
+
+
+def test_a_larger_batch_needs_more_until_it_is_split() -> None:
+    def train(batch: int) -> float:
+        sized = (f"training.batch={batch}", "calibration.length=1024")
+        return peak_by_stage(description(recipe_of(*sized)))["train"]
+
+    assert train(1) < train(2) < train(4) == train(8)
+
+
+def test_low_rank_needs_less_than_full() -> None:
+    full, low = (
+        description(recipe_of(f"solver.parameter={name}")) for name in ("full", "low_rank")
+    )
+    assert peak_by_stage(low)["train"] < peak_by_stage(full)["train"]
+    assert disk(low).work < disk(full).work
+    # Deduced from the other description, it is the same.
+    assert with_recipe(full, low.recipe) == low
+
+
+def test_windows_are_saved_only_where_training_takes_long() -> None:
+    d = description(recipe_of())
+    slow = estimate(d, held=0, rates=dict.fromkeys(KINDS, 1.0))
+    fast = estimate(d, held=0, rates=dict.fromkeys(KINDS, 1e-15))
+    assert fast.disk.work < slow.disk.work == estimate(d, held=0).disk.work
+
+
+def test_stages_are_those_of_the_run() -> None:
+    trained = estimate(description(recipe_of()), held=0, rates=RATES)
+    plain = estimate(description(recipe_of(base="rtn-w8a8")), held=0, rates=RATES)
+    silent = description(recipe_of("evaluation.windows=0", base="rtn-w8a8"))
+    assert list(trained.memory) == list(STAGES)
+    assert set(STAGES) - set(plain.memory) == {"train"}
+    assert set(STAGES) - set(peak_by_stage(silent)) == {"train", "evaluate"}
+    assert trained.seconds is not None
+    assert set(trained.seconds) == set(STAGES)
+    assert trained.peak == max(((m, s) for s, m in trained.memory.items()))[::-1]
+
+
+def test_what_the_process_holds_is_added() -> None:
+    d = description(recipe_of(base="rtn-w8a8"))
+    without, with_some = estimate(d, held=0), estimate(d, held=MIB)
+    assert with_some.peak[1] - without.peak[1] == pytest.approx(MIB)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("base", ["rtn-w4a16", "crossquant-w8a8", TRAINED], ids=str)
+def test_every_family_has_finite_estimates(family: str, base: Any) -> None:
+    extra = ("weights.scale_dtype=float32",)
+    found = estimate(description(recipe_of(*extra, base=base), family, large=False), held=0)
+    assert all(math.isfinite(v) and v > 0 for v in (*found.memory.values(), found.disk.work))
+    assert {kind for work in found.work.values() for kind in work} <= set(KINDS)
+
+
+def test_experts_count_for_the_tokens_that_reach_them() -> None:
+    d = description(recipe_of(base="rtn-w8a16"), "mixtral", large=False)
+    experts = [layer for layer in d.blocks[0].layers if layer.share < 1]
+    assert len(experts) == 12
+    assert {layer.share for layer in experts} == {0.5}
+    assert d.blocks[0].active < d.blocks[0].weights
+
+
+def test_seconds_are_operations_times_rates() -> None:
+    work = {"open": {"load": 3.0, "forward": 2.0}, "head": {"seconds": 1.5}}
+    rates = {"load": 2.0, "forward": 0.5, "seconds": 1.0}
+    assert seconds(work, rates) == {"open": 7.0, "head": 1.5}
+
+
+def test_gptq_takes_operations_that_rounding_does_not() -> None:
+    rounded = operations(description(recipe_of(base="rtn-w4a16")))["solve"]
+    solved = operations(description(recipe_of(base="gptq-w4a16")))["solve"]
+    assert {"factor", "cell", "column", "thin"} <= set(solved)
+    assert set(rounded) == {"round", "release"}
+
+
+# -- sizes that equal the real ones ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["gptq-w4a16", "crossquant-w8a8", "rtn-w3a16-g64"])
+def test_bytes_of_files_are_those_of_a_run(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    model = tiny_folder(tmp_path / "model", "llama")
+    text = write_text(tmp_path / "text.txt", 1)
+    found: dict[str, int] = {}
+
+    def closing(*args: Any) -> Any:
+        result = close_block(*args)
+        for path in args[1].path.glob("*.safetensors"):
+            found[path.stem] = path.stat().st_size
+        return result
+
+    monkeypatch.setattr("crossbit.engine.loop.close_block", closing)
+    settings = ("weights.group=32", "calibration.samples=4", "calibration.length=32")
+    run(model, text, tmp_path / "out", base, settings=(*settings, "evaluation.windows=0"))
+    recipe = recipe_of(*settings, base=base)
+    d = description(recipe, large=False)
+    if d.samples:
+        assert found["stream-00001"] == stream_bytes(d, 4)
+        assert found["target"] == stream_bytes(d, d.held)
+    # Headers and records are estimated, and larger than a tiny model's tensors.
+    tensors = sum(x.stored for x in d.blocks[0].planned) + 4 * d.blocks[0].other
+    assert 0 < found[part_name(0)] - tensors < 4500
+    assert part(d, d.blocks[0]) == pytest.approx(found[part_name(0)], rel=0.35)
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    stored = outside(d) + BLOCKS * tensors
+    assert 0 < weights - stored < 4500 * (BLOCKS + 1)
+
+
+def test_trained_states_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
+    from crossbit.estimate.disk import packed
+
+    model = tiny_folder(tmp_path / "model", "llama")
+    text = write_text(tmp_path / "text.txt", 1)
+    states: dict[str, int] = {}
+    real = WorkDir.save_state
+
+    def save(work: WorkDir, name: str, tensors: Any, record: Any) -> None:
+        states.setdefault(name, sum(t.nbytes for t in tensors.values()))
+        real(work, name, tensors, record)
+
+    monkeypatch.setattr(WorkDir, "save_state", save)
+    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1")
+    recipe = recipe_of(*settings)
+    run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
+    d = description(recipe, large=False)
+    assert states["window-00001"] == packed(d, d.blocks[1])
+
+
+# -- whether it fits ------------------------------------------------------------------------------
+
+
+def room(memory: float = math.inf, work: float = math.inf) -> Room:
+    return Room(memory, work, None)
+
+
+def test_advice_is_the_smallest_change_that_fits() -> None:
+    # Long sequences, so that calibration and not the whole model decides.
+    d = description(recipe_of("calibration.length=4096", "training.batch=8", "objective.window=3"))
+    d = replace(d, verify_length=1, windows=0)
+    need = estimate(d, held=0).peak[1]
+    option = advice(d, room(memory=need - 1), 0)
+    assert option is not None
+    known = dict(changes(d.recipe))
+    assert option in known
+    fitted = with_recipe(d, changed(d.recipe, known[option]))
+    assert estimate(fitted, held=0).peak[1] < need
+    earlier = list(known)[: list(known).index(option)]
+    for other in earlier:
+        tried = with_recipe(d, changed(d.recipe, known[other]))
+        assert estimate(tried, held=0).peak[1] >= need
+
+
+def test_advice_takes_several_settings_where_one_is_not_enough() -> None:
+    d = description(recipe_of("calibration.length=4096", "calibration.samples=64"))
+    every = [update for _, update in changes(d.recipe)]
+    least = estimate(with_recipe(d, changed(d.recipe, *every)), held=0)
+    option = advice(d, room(work=least.disk.work * 1.05), 0)
+    assert option is not None
+    assert option.count("-") > 2
+    assert advice(d, room(work=least.disk.work * 0.5), 0) is None
+    assert advice(d, room(memory=1000), 0) is None
+
+
+def test_a_recipe_without_calibration_is_not_told_to_calibrate_less() -> None:
+    d = description(recipe_of(base="rtn-w4a16"))
+    assert advice(d, room(work=estimate(d, held=0).disk.work - 1), 0) is None
+
+
+def test_refuses_with_a_setting_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    d = description(recipe_of("calibration.length=16384", base="gptq-w4a16"))
+    d = replace(d, verify_length=1, windows=0)
+    need = estimate(d, held=held_memory()).peak[1]
+    refuse(d, "model", tmp_path / "work", tmp_path / "out")
+    monkeypatch.setattr(verdict, "available_memory", lambda: need - 8 * MIB)
+    with pytest.raises(InputError, match="of memory") as error:
+        refuse(d, "model", tmp_path / "work", tmp_path / "out")
+    message = str(error.value)
+    assert message.startswith("model: needs ")
+    assert "\n" not in message
+    option = message.partition("it would fit with ")[2].partition(",")[0]
+    known = dict(changes(d.recipe))
+    fitted = with_recipe(d, changed(d.recipe, known[option]))
+    refuse(fitted, "model", tmp_path / "work", tmp_path / "out")
+    # Tensors are on another device: its memory is not looked at.
+    refuse(d, "model", tmp_path / "work", tmp_path / "out", memory=False)
+
+
+def test_refuses_for_want_of_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    d = description(recipe_of("calibration.samples=64", base="gptq-w4a16"))
+    need = disk(d).work
+    monkeypatch.setattr(verdict, "available_disk", lambda _: need - MIB)
+    with pytest.raises(InputError, match=r"of disk in the work folder.*--samples 32.*--work"):
+        refuse(d, "model", tmp_path / "work", tmp_path / "out")
+
+
+def test_what_there_is(tmp_path: Path) -> None:
+    assert 10 * MIB < held_memory() < available_memory()
+    (tmp_path / "work").mkdir()
+    empty = available_disk(tmp_path / "work")
+    assert empty > 0
+    (tmp_path / "work" / "kept").write_bytes(bytes(4 * MIB))
+    # What a folder holds may be written again.
+    assert available_disk(tmp_path / "work") == pytest.approx(empty, abs=64 * MIB)
+    assert available_disk(tmp_path / "not" / "yet" / "there") > 0
+    assert Room.here(tmp_path / "work", tmp_path / "out").output is None
