@@ -29,6 +29,7 @@ from crossbit.errors import InputError
 
 Strategy = Literal["tensor", "channel", "group"]
 MIN_BITS, MAX_BITS = 2, 8
+SIGNED_BITS = 4  # see ``signed_by_default``
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class Grid:
         """A short name, such as "4-bit symmetric g64"."""
         shape = f"g{self.group_size}" if self.strategy == "group" else f"per {self.strategy}"
         return f"{self.bits}-bit {'symmetric' if self.symmetric else 'asymmetric'} {shape}"
+
+
+def signed_by_default(bits: int, symmetric: bool) -> bool:
+    """Whether a recipe that does not say gets signed scales: where one code more counts."""
+    return symmetric and bits <= SIGNED_BITS
 
 
 def group_sizes(columns: int) -> list[int]:

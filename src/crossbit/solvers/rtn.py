@@ -73,9 +73,8 @@ def fit_scale(
     low, high = view.amin(-1).float(), view.amax(-1).float()
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise WorkError("the weight is not finite: check the model's checkpoint")
-    if limit is not None:
-        if limit.shape != low.shape:
-            raise InputError(f"limit must be {list(low.shape)}, got {list(limit.shape)}")
+    if limit is not None and limit.shape != low.shape:
+        raise InputError(f"limit must be {list(low.shape)}, got {list(limit.shape)}")
     scale, zero = fit_range(low, high, grid, limit)
     if clip == "none":
         return scale, zero
@@ -96,13 +95,15 @@ def fit_scale(
     for start in range(0, view.shape[0], step):
         rows = slice(start, start + step)
         part, bounds = view[rows].float(), (low[rows], high[rows])
-        ratio, loss = _best_ratio(part, *bounds, plain, cost, 1.0)
+        sign = scale[rows].sign()
+        ratio, loss = _best_ratio(part, *bounds, plain, cost, sign)
         found, shift = fit_range(bounds[0] * ratio, bounds[1] * ratio, plain)
         if grid.signed:
-            buffer = torch.empty_like(part)
-            whole = _loss(part, scale[rows], None, grid, cost, buffer)
-            ratio, turned = _best_ratio(part, *bounds, plain, cost, -1.0)
-            other = -fit_range(bounds[0] * ratio, bounds[1] * ratio, plain)[0]
+            # The sign of the whole range wins ties, so that -W gets the codes of W.
+            found = found * sign
+            whole = _loss(part, scale[rows], None, grid, cost, torch.empty_like(part))
+            ratio, turned = _best_ratio(part, *bounds, plain, cost, -sign)
+            other = fit_range(bounds[0] * ratio, bounds[1] * ratio, plain)[0] * -sign
             found = torch.where(turned < loss, other, found)
             found = torch.where(whole <= torch.minimum(loss, turned), scale[rows], found)
         scale[rows] = found
@@ -117,11 +118,11 @@ def _best_ratio(
     high: Tensor,
     grid: Grid,
     cost: Tensor | None,
-    sign: float,
+    sign: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The ratio [n, G] with the least squared error of groups [n, G, g], and that error.
 
-    The error is weighted by ``cost``; scales get the sign ``sign``, which is 1 or -1.
+    The error is weighted by ``cost``; ``sign`` [n, G], 1 or -1, is that of the scales.
     """
     buffer = torch.empty_like(view)
 
