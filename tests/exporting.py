@@ -26,6 +26,7 @@ from crossbit.verification import VerifyRecord, file_digests, own_logits, sketch
 CHANNEL8 = Grid(8, True, "channel")
 CHANNEL4 = Grid(4, True, "channel")
 GROUP4 = Grid(4, True, "group", 32)
+SIGNED4 = replace(GROUP4, signed=True)
 TOKEN8 = ActivationGrid(8)
 TOKEN4 = ActivationGrid(4)
 STATIC8 = ActivationGrid(8, "per_tensor_static")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from crossbit.errors import InputError
+from crossbit.grid import signed_by_default
 from crossbit.models.structure import ModelStructure
 from crossbit.recipe import (
     Activations,
@@ -57,6 +58,14 @@ def _combinations(
 
 def _has(recipe: Recipe, kind: type) -> bool:
     return any(isinstance(t, kind) for t in recipe.transforms)
+
+
+def _negative_in_groups(grid: WeightGrid, activations: Activations | None) -> bool:
+    """True for W4A8 with a scale a group that may be negative."""
+    default = signed_by_default(grid.bits, grid.symmetric)
+    signed = default if grid.signed is None else grid.signed
+    in_groups = grid.group not in ("channel", "tensor")
+    return signed and in_groups and activations is not None and activations.bits == 8
 
 
 def _default_divisor(activations: Activations) -> bool:
@@ -169,6 +178,14 @@ RULES: tuple[Rule, ...] = (
         ),
         "cfp with activations and weights both false does nothing",
         "activations: true, weights: true, or no cfp",
+    ),
+    Rule(
+        lambda r: any(
+            g is not None and g.signed and not g.symmetric
+            for g in (*_grids(r), r.embedding, r.head)
+        ),
+        "signed scales on an asymmetric grid, whose zero point does their work",
+        "weights.signed null or false, or weights.symmetric true",
     ),
 )
 
@@ -291,6 +308,11 @@ def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
             "asymmetric weights: with quantized activations they are stored a byte each "
             "(int-quantized); weight-only they are packed, and transformers loads packed zero "
             "points only with CompressedTensorsConfig(dequantize=True)"
+        )
+    if not recipe.research and any(_negative_in_groups(g, a) for g, a, _ in _combinations(recipe)):
+        notes.append(
+            "scales may be negative: vLLM's Marlin kernel for 8-bit inputs reads scales of groups "
+            "as positive (vLLM issue 48905); give --set weights.signed=false for it"
         )
     if recipe.embedding is not None and not recipe.research:
         notes.append(

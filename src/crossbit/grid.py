@@ -11,6 +11,10 @@ Codes are signed, in [-2^(b-1), 2^(b-1) - 1], zero points lie in the same range,
 ``value = scale * (code - zero_point)``: the convention of compressed-tensors. Scales are computed
 in float32 and rounded to ``scale_dtype`` *before* codes are computed, so the codes belong to the
 scale that is stored.
+
+A symmetric grid has one more code below zero than above. On a ``signed`` grid the scale may be
+negative, which turns the grid over: the extreme of larger magnitude gets the code -2^(b-1),
+whatever its own sign, and the step is that magnitude / 2^(b-1) with nothing clipped.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from crossbit.errors import InputError
 
 Strategy = Literal["tensor", "channel", "group"]
 MIN_BITS, MAX_BITS = 2, 8
+SIGNED_BITS = 4  # see ``signed_by_default``
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,10 @@ class Grid:
         group_size: input channels a group; only with strategy "group".
         scale_dtype: float32, float16 or bfloat16; scales are rounded to it.
         divisor: symmetric grids: scale = absolute maximum / divisor. None means
-            (2^bits - 1) / 2 (7.5 at 4 bits, 127.5 at 8), which compressed-tensors uses.
+            (2^bits - 1) / 2 (7.5 at 4 bits, 127.5 at 8), which compressed-tensors uses, and
+            2^(bits - 1) if signed.
+        signed: symmetric grids: the scale may be negative, so that the extreme of larger
+            magnitude gets the code of larger magnitude.
     """
 
     bits: int = 4
@@ -47,6 +55,7 @@ class Grid:
     group_size: int | None = None
     scale_dtype: torch.dtype = field(default=torch.bfloat16)
     divisor: float | None = None
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -57,6 +66,8 @@ class Grid:
             raise InputError(f"group_size: {self.group_size} is not a positive number")
         if self.scale_dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InputError(f"scale_dtype: {self.scale_dtype} is not float32, float16 or bfloat16")
+        if self.signed and not self.symmetric:
+            raise InputError("signed: goes with symmetric grids; a zero point does its work")
 
     @property
     def qmin(self) -> int:
@@ -76,7 +87,9 @@ class Grid:
     @property
     def effective_divisor(self) -> float:
         """The divisor in force: see ``divisor``."""
-        return self.steps / 2 if self.divisor is None else self.divisor
+        if self.divisor is not None:
+            return self.divisor
+        return float(-self.qmin) if self.signed else self.steps / 2
 
     def groups(self, columns: int) -> int:
         """Groups in a row of ``columns`` input channels; InputError if they do not fit."""
@@ -94,6 +107,11 @@ class Grid:
         """A short name, such as "4-bit symmetric g64"."""
         shape = f"g{self.group_size}" if self.strategy == "group" else f"per {self.strategy}"
         return f"{self.bits}-bit {'symmetric' if self.symmetric else 'asymmetric'} {shape}"
+
+
+def signed_by_default(bits: int, symmetric: bool) -> bool:
+    """Whether a recipe that does not say gets signed scales: where one code more counts."""
+    return symmetric and bits <= SIGNED_BITS
 
 
 def group_sizes(columns: int) -> list[int]:
@@ -127,19 +145,28 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
     return weight.reshape(rows, count, columns // count)
 
 
-def fit_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def fit_range(
+    low: Tensor, high: Tensor, grid: Grid, limit: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point for groups whose values lie in [low, high].
 
     Args:
         low: group minima, float, any shape (for example [N, G]).
         high: group maxima, same shape.
         grid: the grid.
+        limit: absolute maxima, same shape: what lies beyond saturates. The sign of a signed scale
+            is that of the whole range, which a limit below both extremes would hide.
 
     Returns:
-        scale in ``grid.scale_dtype``, always > 0 and finite for finite input (a group of zeros
-        gets the smallest normal number), and zero point int8 (None when symmetric), same shape.
+        scale in ``grid.scale_dtype``, always finite for finite input and > 0 unless the grid is
+        signed (a group of zeros gets the smallest normal number), and zero point int8 (None when
+        symmetric), same shape.
     """
     low32, high32 = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    over = high32 > -low32
+    if limit is not None:
+        bound = limit.float()
+        low32, high32 = torch.maximum(low32, -bound), torch.minimum(high32, bound)
     info = torch.finfo(grid.scale_dtype)
     if grid.symmetric:
         scale = torch.maximum(-low32, high32) / grid.effective_divisor
@@ -147,7 +174,7 @@ def fit_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | N
         scale = (high32 - low32) / grid.steps
     scale = scale.clamp(min=info.tiny, max=info.max).to(grid.scale_dtype)
     if grid.symmetric:
-        return scale, None
+        return (torch.where(over, -scale, scale) if grid.signed else scale), None
     zero = torch.round(grid.qmin - low32 / scale.float()).clamp(grid.qmin, grid.qmax)
     return scale, zero.to(torch.int8)
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
-from crossbit.grid import Grid, auto_group_size
+from crossbit.grid import Grid, auto_group_size, signed_by_default
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
@@ -41,6 +41,7 @@ class WeightGrid(_Strict):
     group: Literal["channel", "tensor", "auto"] | Annotated[int, Field(gt=0)] = "channel"
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     divisor: float | None = Field(None, gt=0)
+    signed: bool | None = None
 
     def grid(self, columns: int, *also: int) -> Grid:
         """The concrete grid of a layer with ``columns`` input channels.
@@ -58,6 +59,9 @@ class WeightGrid(_Strict):
             group_size=group if isinstance(group, int) else None,
             scale_dtype=_DTYPES[self.scale_dtype],
             divisor=self.divisor,
+            signed=signed_by_default(self.bits, self.symmetric)
+            if self.signed is None
+            else self.signed,
         )
         grid.groups(columns)
         return grid

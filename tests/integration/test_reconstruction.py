@@ -217,7 +217,12 @@ def test_training_helps(llama: Path, text: Path, tmp_path: Path, seen: Any) -> N
 
 CHOICES: list[dict[str, Any]] = [
     {"activations": A8},
-    {"activations": A4, "objective": {"homologous": 0.5, "kl": 0.1, "logits": 0.1}},
+    {
+        "activations": A4,
+        "objective": {"homologous": 0.5, "kl": 0.1, "logits": 0.1},
+        # Four bits on both sides of a model this small are so rough that longer steps roll back.
+        "training": {"epochs": 2, "batch": 2, "rounding": 1e-3, "step": 1e-4},
+    },
     {
         "solver": {"base": "zero", "parameter": "low_rank", "mode": "sigmoid"},
         "objective": {"window": 1, "overlap": 0, "expand": "ends", "norm": "sum"},
@@ -263,7 +268,9 @@ def test_family(
 def test_experts_without_tokens(text: Path, tmp_path: Path, seen: Any) -> None:
     """They are rounded, said to be, and stay so."""
     model = tiny_folder(tmp_path / "model", "qwen3_moe")
-    result = train(model, text, tmp_path / "out", recipe(GPTQ), samples=2, length=8)
+    # Of 8 bits, so that what training changes sends no token to another expert.
+    chosen = recipe(GPTQ, weights={"bits": 8, "group": 16})
+    result = train(model, text, tmp_path / "out", chosen, samples=2, length=8)
     idle = [row["name"] for row in result["layers"] if row["note"].startswith("no calibration")]
     assert 0 < len(idle) < len(result["layers"])
     layers = {

@@ -17,6 +17,7 @@ from tests.exporting import (
     CHANNEL4,
     CHANNEL8,
     GROUP4,
+    SIGNED4,
     STATIC8,
     TOKEN4,
     TOKEN8,
@@ -170,6 +171,14 @@ SCHEMES: dict[str, Choose] = {
     "w8a8 asymmetric": everywhere(Grid(8, False, "channel"), TOKEN8),
     "w4a8 asymmetric": everywhere(Grid(4, False, "group", 32), TOKEN8),
     "overrides": overrides,
+    "signed w2a16": everywhere(Grid(2, True, "group", 32, signed=True)),
+    "signed w3a16": everywhere(Grid(3, True, "channel", signed=True)),
+    "signed w4a16": everywhere(SIGNED4),
+    "signed w4a16 fp16 scales": everywhere(replace(SIGNED4, scale_dtype=FP16)),
+    "signed w4a8": everywhere(SIGNED4, TOKEN8),
+    "signed w4a4": everywhere(Grid(4, True, "channel", signed=True), TOKEN4),
+    "signed w8a8": everywhere(Grid(8, True, "channel", signed=True), TOKEN8),
+    "signed w8a8 per tensor": everywhere(Grid(8, True, "tensor", signed=True), TOKEN8),
 }
 
 
@@ -178,6 +187,8 @@ def test_scheme_reloads_exactly(scheme: str, tmp_path: Path) -> None:
     made, difference = round_trip(tmp_path, "llama", SCHEMES[scheme])
     assert len(made.qtensors) > 15
     assert difference <= 1e-5
+    negative = any(bool((q.scale < 0).any()) for q in made.qtensors.values())
+    assert negative == scheme.startswith("signed")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -211,8 +222,11 @@ def test_family_reloads_exactly(family: str, tied: bool, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("inputs", [None, TOKEN8], ids=["A16", "attention A8"])
-def test_experts_reload_exactly(family: str, inputs: ActivationGrid | None, tmp_path: Path) -> None:
-    made, difference = round_trip(tmp_path, family, everywhere(GROUP4, inputs))
+@pytest.mark.parametrize("grid", [GROUP4, SIGNED4], ids=["", "signed"])
+def test_experts_reload_exactly(
+    family: str, inputs: ActivationGrid | None, grid: Grid, tmp_path: Path
+) -> None:
+    made, difference = round_trip(tmp_path, family, everywhere(grid, inputs))
     assert sum(is_expert(name) for name in made.qtensors) >= 24
     assert difference <= 1e-5
 
@@ -234,6 +248,7 @@ IDS = sample_ids(1, 64, seed=5)[0].tolist()
         ("gpt_neox", False, everywhere(CHANNEL4, TOKEN4), CHANNEL8),
         ("mixtral", False, everywhere(GROUP4, TOKEN8), None),
         ("qwen3_moe", True, everywhere(CHANNEL8), CHANNEL8),
+        ("llama", False, everywhere(SIGNED4, TOKEN8), None),
     ],
 )
 def test_verify_passes(

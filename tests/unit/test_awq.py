@@ -36,15 +36,16 @@ def test_weight_magnitude_matches_a_loop() -> None:
     assert torch.allclose(weight_magnitude(weights, [GRID, GRID]), torch.tensor(wanted), rtol=1e-4)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("symmetric", "signed"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("strategy", ["channel", "group"])
-def test_clip_equals_a_loop(symmetric: bool, strategy: str) -> None:
-    grid = Grid(3, symmetric, "group", 8) if strategy == "group" else Grid(3, symmetric, "channel")
+def test_clip_equals_a_loop(symmetric: bool, signed: bool, strategy: str) -> None:
+    size = 8 if strategy == "group" else None
+    grid = Grid(3, symmetric, strategy, size, signed=signed)  # type: ignore[arg-type]
     width = 8 if strategy == "group" else 32
     x, weight = sample(40), layer(5)
     limit = awq_search_clip(x, weight, grid, 10, 0.5)
     assert limit.shape == (5, 32 // width)
-    one = Grid(3, symmetric, "channel")
+    one = Grid(3, symmetric, "channel", signed=signed)
     for row in range(5):
         for group in range(32 // width):
             part = slice(group * width, (group + 1) * width)

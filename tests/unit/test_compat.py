@@ -231,6 +231,16 @@ CASES += [
         ("activations: true", "weights: true"),
         [CFP_WEIGHTS],
     ),
+    (
+        12,
+        {"weights": {"symmetric": False, "signed": True}, "activations": A8},
+        ("weights.signed null",),
+        [
+            {"weights": {"symmetric": False, "signed": False}, "activations": A8},
+            {"weights": {"symmetric": False}, "activations": A8},
+            {"weights": {"bits": 8, "signed": True}},
+        ],
+    ),
 ]
 
 
@@ -326,11 +336,19 @@ def test_presets_suit_dense_models_and_experts(name: str, family: str) -> None:
         ({"activations": A8}, "mixtral", "experts"),
         ({"activations": A8}, "opt", "fc1 and fc2"),
         ({"activations": {"kind": "cross_dynamic"}}, "llama", "research"),
+        ({"weights": {"group": 64}, "activations": A8}, "llama", "weights.signed=false"),
     ],
 )
 def test_warnings(data: dict[str, Any], family: str, expected: str) -> None:
     found = warnings(recipe_of(data), structure(family, True))
     assert sum(expected in note for note in found) == 1
     assert all("\n" not in note for note in found)
+    for quiet in (
+        {"weights": {"group": 64}},
+        {"weights": {"group": "channel"}, "activations": A8},
+        {"weights": {"group": 64, "signed": False}, "activations": A8},
+        {"weights": {"group": 64, "symmetric": False}, "activations": A8},
+    ):
+        assert "negative" not in " ".join(warnings(recipe_of(quiet), structure("llama", True)))
     plain = recipe_of({"embedding": None, "head": None})
     assert warnings(plain, structure("llama", True)) == []

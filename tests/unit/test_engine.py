@@ -350,6 +350,7 @@ def test_plans_count_every_layer() -> None:
     assert len(plan.ignored) == 9
     assert not plan.blocks[1].layers
     assert plan.embedding == plan.head == Grid(8)
+    assert all(layer.weights.signed for block in plan.blocks for layer in block.layers.values())
     plan = plan_of(ignore=["lm_head"], embedding=None)
     assert plan.embedding is None
     assert plan.head is None

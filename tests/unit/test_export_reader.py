@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.exporting import (
     CHANNEL8,
     GROUP4,
+    SIGNED4,
     STATIC8,
     TOKEN8,
     Exported,
@@ -35,6 +37,10 @@ def mixed(name: str) -> QuantScheme | None:
         return None
     if name.endswith("down_proj"):
         return QuantScheme(CHANNEL8, STATIC8)
+    if name.endswith("q_proj"):
+        return QuantScheme(SIGNED4, TOKEN8)
+    if name.endswith("layers.0.self_attn.o_proj"):
+        return QuantScheme(Grid(8, True, "channel", signed=True), TOKEN8)
     if name.endswith("v_proj"):
         return QuantScheme(Grid(4, False, "group", 16, torch.float16), TOKEN8)
     if name.endswith("k_proj"):
@@ -61,7 +67,10 @@ def test_integers_come_back_bit_equal(exported: Exported) -> None:
     for name, q in exported.qtensors.items():
         layer = checkpoint.layer(name)
         assert layer is not None
-        assert layer.qtensor.grid == q.grid
+        # The sign of a scale is the scale's: a grid that is read back does not tell.
+        assert layer.qtensor.grid == replace(q.grid, signed=False)
+        assert bool((q.scale < 0).any()) == q.grid.signed
+        assert torch.equal(layer.qtensor.dequantize(), q.dequantize())
         assert torch.equal(layer.qtensor.codes, q.codes)
         assert torch.equal(layer.qtensor.scale, q.scale)
         assert layer.qtensor.scale.dtype == q.scale.dtype
@@ -76,7 +85,10 @@ def test_integers_come_back_bit_equal(exported: Exported) -> None:
             assert torch.equal(layer.static_scale, exported.static[name])
         else:
             assert layer.static_scale is None
-    assert checkpoint.schemes == exported.schemes
+    assert checkpoint.schemes == {
+        name: replace(scheme, weights=replace(scheme.weights, signed=False))
+        for name, scheme in exported.schemes.items()
+    }
     assert checkpoint.layer("model.norm") is None
 
 

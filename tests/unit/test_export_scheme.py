@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,10 @@ GRIDS = [
         (3, 4, 8), (True, False), ("channel", "group"), (torch.float32, torch.bfloat16)
     )
 ]
+GRIDS += [replace(grid, signed=True) for grid in GRIDS if grid.symmetric]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.describe()} {g.scale_dtype}")
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.describe()} {g.scale_dtype} {g.signed}")
 @pytest.mark.parametrize("inputs", [None, TOKEN8], ids=["A16", "A8"])
 def test_library_decompresses_to_codes_times_scale(
     grid: Grid, inputs: ActivationGrid | None
@@ -189,6 +191,7 @@ def test_library_decompresses_to_codes_times_scale(
     """The library's own decompression of our tensors, against float64 arithmetic."""
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(3))
     q = round_to_nearest(weight, grid)
+    assert bool((q.scale < 0).any()) == grid.signed
     if not grid.symmetric and inputs is None and grid.scale_dtype != torch.float32:
         with pytest.raises(InputError, match="float32"):
             QuantScheme(grid)

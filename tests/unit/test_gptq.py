@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -81,6 +82,16 @@ def textbook(
     return codes, scale, border
 
 
+KINDS = st.sampled_from(["symmetric", "signed", "asymmetric"])
+
+
+def of_kind(
+    kind: str, bits: int, strategy: str, size: int | None, dtype: torch.dtype = torch.bfloat16
+) -> Grid:
+    symmetric, signed = kind != "asymmetric", kind == "signed"
+    return Grid(bits, symmetric, strategy, size, dtype, signed=signed)  # type: ignore[arg-type]
+
+
 def plain(weight: Tensor, hessian: Tensor, grid: Grid, **options: object) -> GPTQResult:
     settings_: dict[str, object] = {"damping": "mean", "damp": 0.01, "clip": "none", "refine": 0}
     return gptq(weight, hessian, grid, **(settings_ | options))  # type: ignore[arg-type]
@@ -91,7 +102,7 @@ def plain(weight: Tensor, hessian: Tensor, grid: Grid, **options: object) -> GPT
     rows=st.integers(1, 6),
     groups=st.integers(1, 4),
     bits=st.integers(2, 8),
-    symmetric=st.booleans(),
+    kind=KINDS,
     act_order=st.booleans(),
     per_group=st.booleans(),
     block=st.sampled_from([1, 3, 8, 128]),
@@ -102,7 +113,7 @@ def test_codes_equal_the_slow_loop_except_at_ties(
     rows: int,
     groups: int,
     bits: int,
-    symmetric: bool,
+    kind: str,
     act_order: bool,
     per_group: bool,
     block: int,
@@ -111,7 +122,7 @@ def test_codes_equal_the_slow_loop_except_at_ties(
 ) -> None:
     weight, hessian = problem(rows, 8 * groups, seed)
     size = 8 if per_group else None
-    grid = Grid(bits, symmetric, "group" if per_group else "channel", size, torch.float32)
+    grid = of_kind(kind, bits, "group" if per_group else "channel", size, torch.float32)
     result = plain(weight, hessian, grid, act_order=act_order, clip=clip, block_size=block)
     wanted, scale, border = textbook(weight, hessian, grid, act_order, clip, 0.01)
     for row in range(rows):
@@ -125,12 +136,12 @@ def test_codes_equal_the_slow_loop_except_at_ties(
 
 @pytest.mark.parametrize("clip", ["none", "mse", "hessian"])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["symmetric", "signed", "asymmetric"])
 def test_searched_scales_agree_with_the_slow_loop(
-    clip: ScaleFit, act_order: bool, symmetric: bool
+    clip: ScaleFit, act_order: bool, kind: str
 ) -> None:
     weight, hessian = problem(24, 64, 1)
-    grid = Grid(4, symmetric, "group", 16, torch.bfloat16)
+    grid = of_kind(kind, 4, "group", 16, torch.bfloat16)
     result = plain(weight, hessian, grid, act_order=act_order, clip=clip)
     wanted, _, _ = textbook(weight, hessian, grid, act_order, clip, 0.01)
     rows_equal = (result.qtensor.codes == wanted).all(1).float().mean()
@@ -219,17 +230,16 @@ def test_act_order_is_the_plain_order_of_permuted_columns() -> None:
 @settings(deadline=None, max_examples=12)
 @given(
     bits=st.integers(2, 6),
-    symmetric=st.booleans(),
+    kind=KINDS,
     strategy=st.sampled_from(["tensor", "channel", "group"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
 def test_refinement_never_raises_the_error_and_stays_on_the_grid(
-    bits: int, symmetric: bool, strategy: str, dtype: torch.dtype, seed: int
+    bits: int, kind: str, strategy: str, dtype: torch.dtype, seed: int
 ) -> None:
     weight, hessian = problem(5, 48, seed)
-    size = 16 if strategy == "group" else None
-    grid = Grid(bits, symmetric, strategy, size, dtype)  # type: ignore[arg-type]
+    grid = of_kind(kind, bits, strategy, 16 if strategy == "group" else None, dtype)
     hessian += 1e-3 * torch.diag(hessian.diag())  # well conditioned, so that no damping is needed
     # With no damping, what is minimised is the error itself.
     errors = []
@@ -237,7 +247,7 @@ def test_refinement_never_raises_the_error_and_stays_on_the_grid(
         result = gptq(weight, hessian, grid, damp=0.0, refine=sweeps, block_size=11)
         assert result.damp_used == 0.0
         assert result.qtensor.scale.dtype == dtype
-        assert (result.qtensor.scale.float() > 0).all()
+        assert ((result.qtensor.scale != 0) if grid.signed else result.qtensor.scale > 0).all()
         assert int(result.qtensor.codes.min()) >= grid.qmin
         assert int(result.qtensor.codes.max()) <= grid.qmax
         errors.append(result.error)
@@ -245,10 +255,31 @@ def test_refinement_never_raises_the_error_and_stays_on_the_grid(
         assert after <= before * (1 + 1e-4)
 
 
-def test_steps_of_the_refinement_report_the_moves_they_made() -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_signed_scales_lower_the_output_error(bits: int) -> None:
+    weight, hessian = problem(64, 64, 13)
+    weight[:, 7] = 0.4  # the largest of its group in every row, and positive
+    grid = Grid(bits, True, "group", 16)
+    unsigned, signed = (gptq(weight, hessian, g) for g in (grid, replace(grid, signed=True)))
+    assert bool((signed.qtensor.scale < 0).any())
+    assert signed.error < 0.95 * unsigned.error
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+def test_a_weight_turned_over_is_solved_alike(refine: int) -> None:
+    weight, hessian = problem(16, 64, 14)
+    grid = Grid(3, True, "group", 16, signed=True)
+    one, other = (gptq(w, hessian, grid, refine=refine).qtensor for w in (weight, -weight))
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scale, -other.scale)
+    assert 0.2 < float((one.scale < 0).float().mean()) < 0.8
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_steps_of_the_refinement_report_the_moves_they_made(sign: float) -> None:
     weight, hessian = problem(6, 16, 12)
     grid = Grid(4, True, "channel", None, torch.float32)
-    scale = weight.abs().amax(1) / 9
+    scale = weight.abs().amax(1) / 9 * sign
     values = (weight / scale[:, None]).round().clamp(-8, 7).T.contiguous()
     target, before = weight.T, (values * scale).double()
     pull = hessian @ (target - values * scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -34,11 +35,16 @@ HALF_ULP = {FP32: 2.0**-24, FP16: 2.0**-11, BF16: 2.0**-8}  # half the spacing, 
 F32 = 2.0**-22  # slack for the float32 operations between the input and the code
 
 grids = st.builds(
-    lambda bits, symmetric, strategy, dtype: Grid(
-        bits, symmetric, strategy, 4 if strategy == "group" else None, dtype
+    lambda bits, kind, strategy, dtype: Grid(
+        bits,
+        kind != "asymmetric",
+        strategy,
+        4 if strategy == "group" else None,
+        dtype,
+        signed=kind == "signed",
     ),
     bits=st.integers(2, 8),
-    symmetric=st.booleans(),
+    kind=st.sampled_from(["symmetric", "signed", "asymmetric"]),
     strategy=st.sampled_from(["tensor", "channel", "group"]),
     dtype=st.sampled_from(DTYPES),
 )
@@ -78,7 +84,7 @@ def members(weight: Tensor, grid: Grid) -> Iterator[tuple[tuple[int, int], list[
 def test_scale_is_the_range_over_the_steps_rounded_once(weight: Tensor, grid: Grid) -> None:
     scale, zero = fit_minmax(weight, grid)
     assert scale.dtype == grid.scale_dtype
-    assert bool((scale > 0).all())
+    assert grid.signed or bool((scale > 0).all())
     assert bool(scale.isfinite().all())
     assert (zero is None) == grid.symmetric
     count = 0
@@ -87,7 +93,10 @@ def test_scale_is_the_range_over_the_steps_rounded_once(weight: Tensor, grid: Gr
         low, high = min(*values, 0.0), max(*values, 0.0)
         steps = (1 << grid.bits) - 1
         exact = max(-low, high) / (steps / 2) if grid.symmetric else (high - low) / steps
+        if grid.signed:
+            exact = max(-low, high) / ((steps + 1) / 2)
         exact = max(exact, torch.finfo(grid.scale_dtype).tiny)
+        exact = -exact if grid.signed and high > -low else exact
         assert float(scale[index]) == pytest.approx(exact, rel=HALF_ULP[grid.scale_dtype] + F32)
         if zero is not None:
             # Of the stored scale, so that real zero is a code exactly.
@@ -117,7 +126,7 @@ def test_codes_are_the_nearest_of_the_stored_scale(weight: Tensor, grid: Grid) -
             position = value / step + shift
             slack = Fraction(F32) * (abs(position) + 256)
             if grid.qmin - Fraction(1, 2) <= position <= grid.qmax + Fraction(1, 2):
-                assert abs(value - stored) <= step * (Fraction(1, 2) + slack)
+                assert abs(value - stored) <= abs(step) * (Fraction(1, 2) + slack)
             else:
                 assert code == (grid.qmin if position < grid.qmin else grid.qmax)
 
@@ -132,6 +141,51 @@ def test_min_max_clips_by_at_most_half_a_step(weight: Tensor, bits: int, strateg
         error = dequantize(quantize(weight, scale, zero, grid), scale, zero, grid) - weight
         largest = scale if strategy == "channel" else scale.expand(len(weight), 1)
         assert bool((error.abs() <= largest * (0.5 + 1e-4)).all())
+
+
+@settings(deadline=None, max_examples=150)
+@given(weight=weights(), grid=grids, positive=st.booleans())
+def test_a_signed_grid_has_the_larger_extreme_on_its_lowest_code(
+    weight: Tensor, grid: Grid, positive: bool
+) -> None:
+    """Exactly, where the step is a number of the scale's dtype, and with nothing clipped."""
+    signed = replace(grid, symmetric=True, signed=True)
+    # Larger than all others in its group, and short enough for every dtype.
+    for _, elements in members(weight, grid):
+        top = max(abs(float(weight[e])) for e in elements) + 2.0**-6
+        top = 2.0 ** math.ceil(math.log2(top)) * (1.25 if positive else -1.25)
+        weight[elements[-1]] = top
+    scale, zero = fit_minmax(weight, signed)
+    codes = quantize(weight, scale, zero, signed)
+    values = dequantize(codes, scale, zero, signed)
+    for index, elements in members(weight, grid):
+        assert float(scale[index]) * float(weight[elements[-1]]) < 0
+        assert int(codes[elements[-1]]) == grid.qmin
+        assert float(values[elements[-1]]) == float(weight[elements[-1]])
+        step = abs(float(scale[index]))
+        for e in elements:
+            # The code that the other side lacks costs half a step more there.
+            assert abs(float(values[e] - weight[e])) <= step * 1.0001
+    other, _ = fit_minmax(-weight, signed)
+    assert torch.equal(other, -scale)
+    assert torch.equal(quantize(-weight, other, None, signed), codes)
+
+
+def test_signs_of_scales() -> None:
+    signed = Grid(4, True, "group", 2, FP32, signed=True)
+    assert signed.effective_divisor == 8
+    assert Grid(2, signed=True).effective_divisor == 2
+    weight = torch.tensor([[1.6, -0.8, 0.8, -1.6, 0.8, -0.8, 0.0, 0.0]])
+    scale, _ = fit_minmax(weight, signed)
+    tiny = torch.finfo(FP32).tiny
+    assert scale.tolist() == [pytest.approx([-0.2, 0.2, 0.1, tiny])]
+    assert quantize(weight, scale, None, signed).tolist() == [[-8, 4, 4, -8, 7, -8, 0, 0]]
+    # A divisor that is given stays; a limit hides no sign.
+    scale, _ = fit_minmax(weight, replace(signed, divisor=7.0))
+    assert scale[0, :2].tolist() == pytest.approx([-1.6 / 7, 1.6 / 7])
+    low, high = torch.tensor([-0.8, -1.6]), torch.tensor([1.6, 0.8])
+    scale, _ = fit_range(low, high, signed, torch.tensor([0.4, 0.4]))
+    assert scale.tolist() == pytest.approx([-0.05, 0.05])
 
 
 @settings(deadline=None, max_examples=100)
@@ -321,6 +375,7 @@ def test_group_that_does_not_divide_names_those_that_do() -> None:
         {"strategy": "channel", "group_size": 32},
         {"strategy": "group", "group_size": 0},
         {"scale_dtype": torch.float64},
+        {"symmetric": False, "signed": True},
     ],
 )
 def test_impossible_grids_are_refused(arguments: dict[str, Any]) -> None:

@@ -69,14 +69,22 @@ def relative(a: Tensor, b: Tensor) -> float:
     st.sampled_from(["channel", "tensor"]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
+    st.booleans(),
     st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(2, 70), st.integers(1, 40)),
 )
 def test_integers_and_fake_quantization_agree(
-    bits: int, acts: int, strategy: Any, dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
+    bits: int,
+    acts: int,
+    strategy: Any,
+    dtype: torch.dtype,
+    bias: bool,
+    signed: bool,
+    shape: tuple[int, ...],
 ) -> None:
     """In float32 to 1e-6: the integer path loses nothing that the other keeps."""
     batch, tokens, columns, rows = shape
-    qtensor = weight_of(rows, columns, Grid(bits, True, strategy, scale_dtype=dtype))
+    grid_ = Grid(bits, True, strategy, scale_dtype=dtype, signed=signed)
+    qtensor = weight_of(rows, columns, grid_)
     b = torch.randn(rows, generator=torch.Generator().manual_seed(2)) if bias else None
     grid, x = ActivationGrid(acts), inputs(batch, tokens, columns)
     layers = {
@@ -96,7 +104,7 @@ def test_integers_and_fake_quantization_agree(
 
 def absolute(qtensor: QTensor) -> QTensor:
     codes = qtensor.codes.short().abs().clamp(max=127).to(torch.int8)
-    return QTensor(codes, qtensor.scale, None, qtensor.grid)
+    return QTensor(codes, qtensor.scale.abs(), None, qtensor.grid)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,7 @@ def absolute(qtensor: QTensor) -> QTensor:
         Grid(4, False, "group", 16),
         Grid(8, False, "channel"),
         Grid(3, True, "channel"),
+        Grid(2, True, "group", 16, signed=True),
     ],
     ids=Grid.describe,
 )

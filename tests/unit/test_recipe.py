@@ -93,6 +93,8 @@ def test_presets_do_what_their_names_say(name: str) -> None:
         assert ("cfp" in kinds) == ("paper" in parts)
     else:
         assert not recipe.trains
+    signed = recipe.weights.symmetric and recipe.weights.bits <= 4 and "paper" not in parts
+    assert recipe.weights.grid(64).signed == signed
     if parts[0] == "rtn":
         assert isinstance(recipe.solver, Rtn)
         assert not kinds
@@ -433,6 +435,9 @@ def test_weight_grids(bits: int, symmetric: bool, group: Any, dtype: Any, column
     grid = WeightGrid(bits=bits, symmetric=symmetric, group=group, scale_dtype=dtype).grid(columns)
     assert (grid.bits, grid.symmetric) == (bits, symmetric)
     assert grid.scale_dtype == getattr(torch, dtype)
+    assert grid.signed == (symmetric and bits <= 4)
+    said = WeightGrid(bits=bits, group=group, signed=not grid.signed)
+    assert said.grid(columns).signed != grid.signed
     expected = {"auto": {64: 64, 96: 96, 576: 96, 1536: 128}[columns]}.get(group, group)
     if isinstance(expected, int):
         assert (grid.strategy, grid.group_size) == ("group", expected)

@@ -46,6 +46,7 @@ GRIDS = [
     Grid(3, True, "tensor", None, torch.float32),
     Grid(4, False, "channel", None, torch.bfloat16),
     Grid(2, True, "group", 4, torch.float16),
+    Grid(3, True, "group", 4, torch.bfloat16, signed=True),
 ]
 
 
@@ -53,12 +54,14 @@ GRIDS = [
 def problems(draw: st.DrawFn) -> tuple[Tensor, Grid]:
     """A weight [N, K] with an outlier and a dead group, and a grid for it."""
     strategy = draw(st.sampled_from(["tensor", "channel", "group"]))
+    kind = draw(st.sampled_from(["symmetric", "signed", "asymmetric"]))
     grid = Grid(
         draw(st.integers(2, 8)),
-        draw(st.booleans()),
+        kind != "asymmetric",
         strategy,  # type: ignore[arg-type]
         4 if strategy == "group" else None,
         draw(st.sampled_from(DTYPES)),
+        signed=kind == "signed",
     )
     return matrix(draw(st.integers(1, 5)), 4 * draw(st.integers(1, 4)), draw(SEEDS)), grid
 
@@ -116,7 +119,7 @@ def test_untrained_it_is_round_to_nearest(
     on_grid = ratio + wide(zeros_of(state), weight, grid)
     inside = (on_grid >= grid.qmin) & (on_grid <= grid.qmax)
     step = wide(effective_scale(state), weight, grid)
-    distance = (fake_weight(state, torch.float32) - weight).abs() / step
+    distance = (fake_weight(state, torch.float32) - weight).abs() / step.abs()
     assert bool((distance[inside] <= FRACTION_MARGIN + 1e-4).all())
 
 
@@ -147,6 +150,27 @@ def test_without_the_fraction_everything_is_undecided_and_rounds_up(
     hard = start_rounding(weight, nearest, RoundingChoice("zero", parameter, "straight_through"))
     for state in (soft, hard):
         assert torch.equal(harden(state).codes, up.to(torch.int8))
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=NAMES)
+def test_a_weight_turned_over_trains_alike(choice: RoundingChoice) -> None:
+    """On a signed grid -W has the codes of W, and the gradients at What change sign only."""
+    weight = matrix(6, 8, 4)
+    gradient = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
+    states = [
+        moved(start_rounding(w, rtn(w, GRIDS[3], "mse"), choice), 2) for w in (weight, -weight)
+    ]
+    # A dead group's scale is positive either way.
+    for state in states:
+        state.scale[-1, -1] = state.scale[0, 0]
+    one, other = states
+    assert bool((one.scale < 0).any())
+    assert torch.equal(fake_weight(one, torch.float32), -fake_weight(other, torch.float32))
+    assert torch.equal(harden(one).codes, harden(other).codes)
+    assert torch.equal(harden(one).scale, -harden(other).scale)
+    found, turned = pull_back(one, gradient), pull_back(other, -gradient)
+    for name, value in found.items():
+        torch.testing.assert_close(value, turned[name], rtol=1e-6, atol=1e-9)
 
 
 def coordinate_optimum(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -309,11 +333,13 @@ def test_trained_steps_are_what_is_stored(
     problem: tuple[Tensor, Grid], shift: float, seed: int
 ) -> None:
     weight, grid = problem
-    state = moved(start_rounding(weight, rtn(weight, grid), RoundingChoice()), seed)
+    nearest = rtn(weight, grid)
+    state = moved(start_rounding(weight, nearest, RoundingChoice()), seed)
     state.parameters["step"][0, 0] = shift  # far beyond any training
     scale = effective_scale(state)
     assert torch.equal(scale, scale.to(grid.scale_dtype).float())
-    assert bool((scale > 0).all())
+    assert torch.equal(scale.sign(), nearest.scale.sign().float())
+    assert bool((scale != 0).all())
     assert bool(torch.isfinite(scale).all())
     assert torch.equal(harden(state).scale.float(), scale)
 
@@ -336,7 +362,7 @@ def test_what_is_trained_is_what_is_stored(
     if choice.mode == "straight_through":
         assert torch.equal(soft, hard.dequantize().to(dtype))
     else:
-        step = wide(effective_scale(state), weight, grid)
+        step = wide(effective_scale(state), weight, grid).abs()
         assert bool(((soft.float() - hard.dequantize()).abs() <= 0.51 * step + 1e-2).all())
     assert torch.equal(state.weight, weight)
     assert all(torch.equal(before[n], p) for n, p in state.parameters.items())

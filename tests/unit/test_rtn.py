@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crossbit.errors import InputError, WorkError
-from crossbit.grid import Grid
-from crossbit.solvers.rtn import fit_scale, rtn
+from crossbit.grid import Grid, grouped
+from crossbit.solvers.rtn import Clip, fit_scale, rtn
 
 
 def make(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -71,6 +72,67 @@ def test_search_is_never_worse_than_the_extremes(
         return float(((q.dequantize() - weight).double().square() * cost).sum())
 
     assert loss("mse") <= loss("none") * (1 + 1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.integers(2, 8),
+    strategy=st.sampled_from(["tensor", "channel", "group"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    groups=st.integers(1, 4),
+    weighted=st.booleans(),
+    limited=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_signed_scales_are_never_worse_in_any_group(
+    bits: int,
+    strategy: str,
+    dtype: torch.dtype,
+    groups: int,
+    weighted: bool,
+    limited: bool,
+    seed: int,
+) -> None:
+    """Than the unsigned grid's search, and than the extremes of either."""
+    weight, grid = make(5, 8 * groups, seed), grid_of(bits, True, strategy, dtype)
+    signed = replace(grid, signed=True)
+    importance = make(1, 8 * groups, seed + 1)[0].abs() if weighted else None
+    cost = torch.ones(8 * groups) if importance is None else importance
+    limit = 0.8 * grouped(weight, grid).abs().amax(-1) if limited else None
+
+    def losses(of: Grid, clip: Clip) -> Tensor:
+        q = rtn(weight, of, clip, importance, limit)
+        return grouped((q.dequantize() - weight).double().square() * cost, grid).sum(-1)
+
+    best = losses(signed, "mse")
+    for others in (losses(grid, "mse"), losses(grid, "none"), losses(signed, "none")):
+        assert bool((best <= others * (1 + 1e-5) + 1e-30).all())
+
+
+@pytest.mark.parametrize("clip", ["none", "mse"])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
+def test_negating_a_weight_negates_its_signed_scales_and_nothing_else(
+    clip: Clip, strategy: str
+) -> None:
+    weight = make(9, 32, 8)
+    weight[3, 8:16] = 0.0
+    grid = replace(grid_of(3, True, strategy, torch.bfloat16), signed=True)
+    one, other = rtn(weight, grid, clip), rtn(-weight, grid, clip)
+    assert torch.equal(one.codes, other.codes)
+    used = grouped(weight, grid).abs().amax(-1) > 0
+    assert torch.equal(one.scale[used], -other.scale[used])
+    assert bool((one.scale < 0).any()) or strategy == "tensor"
+    assert one.dequantize()[3, 8:16].abs().max() < 0.2 * (strategy != "group") + 1e-6
+
+
+def test_the_search_finds_a_positive_extreme_at_once() -> None:
+    """Two bits: -2, -1, 0, 1 times -0.5 holds the weight exactly, no positive scale does."""
+    weight = torch.tensor([[1.0, 0.5, 0.0, -0.5]])
+    grid = Grid(2, True, "channel", None, torch.float32)
+    signed = rtn(weight, replace(grid, signed=True), "mse")
+    assert torch.equal(signed.dequantize(), weight)
+    assert signed.codes.tolist() == [[-2, -1, 0, 1]]
+    assert float((rtn(weight, grid, "mse").dequantize() - weight).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -63,7 +63,7 @@ def awq_search_clip(
         best, least = widest, torch.full_like(widest, torch.inf)
         for ratio in ratios:
             bound = widest * ratio
-            scale, zero = fit_range(torch.maximum(low, -bound), torch.minimum(high, bound), grid)
+            scale, zero = fit_range(low, high, grid, bound)
             size = scale.float().unsqueeze(-1)
             shift = 0.0 if zero is None else zero.float().unsqueeze(-1)
             codes = (view / size).round_().add_(shift).clamp_(grid.qmin, grid.qmax)

@@ -412,7 +412,9 @@ def _move_scale(
     wanted = (scale + slope / bend).to(dtype).float()
     step = wanted - scale
     # A step of d lowers the error by 2 d slope - d^2 bend. False for NaN: a group of zeros.
-    better = (step * (2.0 * slope - step * bend) > 0) & (wanted > 0) & torch.isfinite(wanted)
+    gains = step * (2.0 * slope - step * bend) > 0
+    # A scale keeps its sign: the codes that have it are on the side of zero that it chose.
+    better = gains & (wanted.sign() == scale.sign()) & torch.isfinite(wanted)
     step = torch.where(better, step, torch.zeros_like(step))
     scale.copy_(torch.where(better, wanted, scale))
     torch.mul(values, step, out=moves)

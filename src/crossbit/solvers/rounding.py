@@ -17,6 +17,7 @@ where the offset o, in steps, is what is trained. Three choices make the methods
 
 The steps can be trained with it, as a factor exp(rho) on each. They are rounded to the dtype in
 which they will be stored before they are used, so a hardened weight is the one that was trained.
+Steps of a signed grid may be negative: W / s turns over with them, and they keep their sign.
 
 There is no autograd here: ``fake_weight`` makes What, ``pull_back`` turns a gradient at What into
 gradients of the parameters. Both go through the matrix a few rows at a time, so that nothing of its
@@ -147,7 +148,8 @@ def effective_scale(state: Rounding) -> Tensor:
     dtype = state.grid.scale_dtype
     trained = state.scale * state.parameters["step"].exp()
     info = torch.finfo(dtype)
-    return trained.clamp(min=info.tiny, max=info.max).to(dtype).float()
+    size = trained.abs().clamp(min=info.tiny, max=info.max)
+    return torch.copysign(size, trained).to(dtype).float()
 
 
 def fake_weight(state: Rounding, dtype: torch.dtype) -> Tensor:
@@ -171,7 +173,8 @@ def harden(state: Rounding) -> QTensor:
         else:
             h = _soft(_variable(state, part))
             # A tie is undecided without a fraction, and goes up; with one it is a group's extreme
-            # on a symmetric grid, (2^bits - 1) / 2 steps from 0, which stays as ``rtn`` has it.
+            # on an unsigned symmetric grid, (2^bits - 1) / 2 steps from 0, which stays as ``rtn``
+            # has it.
             up = h >= 0.5 if state.choice.base == "zero" else h > 0.5
             hard, _ = _saturated(part.ratio.floor_().add_(up), part)
         view[part.rows].copy_(hard if part.zero is None else hard.add_(part.zero))

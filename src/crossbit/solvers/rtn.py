@@ -2,11 +2,14 @@
 
 A scale is either the minimum and maximum of its group, or searched: every candidate is the group's
 range times a ratio, rounded to the grid's scale dtype, and the one with the least (weighted)
-squared weight error wins. Ratio 1 is always a candidate, so a search is never worse.
+squared weight error wins. The whole range is always a candidate, so a search is never worse. On a
+signed grid the candidates are those of the unsigned one with either sign, and the whole range on
+the code of larger magnitude: the search is never worse than the unsigned grid's either.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -70,14 +73,15 @@ def fit_scale(
     low, high = view.amin(-1).float(), view.amax(-1).float()
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise WorkError("the weight is not finite: check the model's checkpoint")
-    if limit is not None:
-        if limit.shape != low.shape:
-            raise InputError(f"limit must be {list(low.shape)}, got {list(limit.shape)}")
-        low, high = torch.maximum(low, -limit.float()), torch.minimum(high, limit.float())
+    if limit is not None and limit.shape != low.shape:
+        raise InputError(f"limit must be {list(low.shape)}, got {list(limit.shape)}")
+    scale, zero = fit_range(low, high, grid, limit)
     if clip == "none":
-        return fit_range(low, high, grid)
+        return scale, zero
     if clip != "mse":
         raise InputError(f"clip: {clip!r} is not 'none' or 'mse'")
+    if limit is not None:
+        low, high = torch.maximum(low, -limit.float()), torch.minimum(high, limit.float())
     cost: Tensor | None = None
     if importance is not None:
         cost = (
@@ -85,23 +89,53 @@ def fit_scale(
             if (grid.strategy == "tensor")
             else importance.float().reshape(view.shape[1:])
         )
-    ratio = torch.empty_like(low)
+    # Whose range times a ratio is tried; the sign of a candidate is put to it afterwards.
+    plain = replace(grid, signed=False)
     step = max(1, _CHUNK_ELEMENTS // max(1, view[0].numel()))
     for start in range(0, view.shape[0], step):
         rows = slice(start, start + step)
-        ratio[rows] = _best_ratio(view[rows].float(), low[rows], high[rows], grid, cost)
-    return fit_range(low * ratio, high * ratio, grid)
+        part, bounds = view[rows].float(), (low[rows], high[rows])
+        sign = scale[rows].sign()
+        ratio, loss = _best_ratio(part, *bounds, plain, cost, sign)
+        found, shift = fit_range(bounds[0] * ratio, bounds[1] * ratio, plain)
+        if grid.signed:
+            # The sign of the whole range wins ties, so that -W gets the codes of W.
+            found = found * sign
+            whole = _loss(part, scale[rows], None, grid, cost, torch.empty_like(part))
+            ratio, turned = _best_ratio(part, *bounds, plain, cost, -sign)
+            other = fit_range(bounds[0] * ratio, bounds[1] * ratio, plain)[0] * -sign
+            found = torch.where(turned < loss, other, found)
+            found = torch.where(whole <= torch.minimum(loss, turned), scale[rows], found)
+        scale[rows] = found
+        if zero is not None and shift is not None:
+            zero[rows] = shift
+    return scale, zero
 
 
-def _best_ratio(view: Tensor, low: Tensor, high: Tensor, grid: Grid, cost: Tensor | None) -> Tensor:
-    """The ratio [n, G] with the least squared error of groups [n, G, g], each weighted by cost."""
+def _best_ratio(
+    view: Tensor,
+    low: Tensor,
+    high: Tensor,
+    grid: Grid,
+    cost: Tensor | None,
+    sign: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The ratio [n, G] with the least squared error of groups [n, G, g], and that error.
+
+    The error is weighted by ``cost``; ``sign`` [n, G], 1 or -1, is that of the scales.
+    """
     buffer = torch.empty_like(view)
+
+    def error(ratio: Tensor) -> Tensor:
+        scale, zero_point = fit_range(low * ratio, high * ratio, grid)
+        return _loss(view, scale * sign, zero_point, grid, cost, buffer)
+
     best = torch.ones_like(low)
-    loss = _loss(view, best, low, high, grid, cost, buffer)
+    loss = error(best)
 
     def offer(ratio: Tensor) -> None:
         nonlocal best, loss
-        offered = _loss(view, ratio, low, high, grid, cost, buffer)
+        offered = error(ratio)
         better = offered < loss
         best, loss = torch.where(better, ratio, best), torch.where(better, offered, loss)
 
@@ -110,20 +144,18 @@ def _best_ratio(view: Tensor, low: Tensor, high: Tensor, grid: Grid, cost: Tenso
     centre = best
     for offset in _FINE:
         offer(centre + offset)
-    return best
+    return best, loss
 
 
 def _loss(
     view: Tensor,
-    ratio: Tensor,
-    low: Tensor,
-    high: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
     grid: Grid,
     cost: Tensor | None,
     buffer: Tensor,
 ) -> Tensor:
-    """Weighted squared error [n, G] of rounding the groups with ranges times ``ratio``."""
-    scale, zero_point = fit_range(low * ratio, high * ratio, grid)
+    """Weighted squared error [n, G] of rounding groups [n, G, g]; uses up ``buffer``."""
     step = scale.float().unsqueeze(-1)
     torch.div(view, step, out=buffer)
     buffer.round_()
