@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -255,10 +256,17 @@ class StateKeeper:
         self._steps += 1
         task = self._task
         total = task.settings.epochs * task.steps_an_epoch
+        # Of the epoch in work, or of the one that has just ended.
+        steps = progress.done % task.steps_an_epoch
+        if steps:
+            mean = progress.running / steps
+        else:
+            mean = progress.losses[-1][0] if progress.losses else math.nan
+        speed = self._steps * task.settings.batch * task.length / (now - self._began)
         self._reporter.status(
             f"blocks {self._window.start}-{self._window.stop - 1}: "
-            f"step {progress.done}/{total}, held-out loss {progress.before:.3g} -> "
-            f"{progress.best:.3g}, {(now - self._began) / self._steps:.2f} s a step"
+            f"step {progress.done}/{total}, training loss {mean:.3g}, held-out hard loss "
+            f"{progress.before:.3g} -> {progress.best:.3g}, {speed:.0f} tokens/s"
         )
         pause = max(SAVE_SECONDS, SAVE_SHARE * self._cost)
         if now - self._saved < pause and not self._improved:
