@@ -264,6 +264,7 @@ def _prepare(
             seed=settings.seed,
             bos=needs_bos(config),
         )
+        check_vocabulary(ids, shell)
         calibration = _calibration_record(settings, corpus, ids)
         del corpus
     if recipe.evaluation.windows:
@@ -275,6 +276,7 @@ def _prepare(
             windows=None,
             bos=needs_bos(config),
         )
+        check_vocabulary(found, shell)
         windows = len(found)
         del found
     del tokenizer
@@ -304,6 +306,17 @@ def check_length(config: Any, length: int) -> None:
         raise InputError(
             f"sequences of {length} tokens are longer than the model's {limit} positions; "
             f"give --length {limit} or less"
+        )
+
+
+def check_vocabulary(ids: Tensor, shell: Shell) -> None:
+    """InputError if the tokenizer made ids that the model has no embedding for."""
+    highest = int(ids.max())
+    rows = int(shell.model.get_submodule(shell.structure.embedding).weight.shape[0])
+    if highest >= rows:
+        raise InputError(
+            f"the tokenizer makes token {highest} of the text and the model's vocabulary ends at "
+            f"{rows - 1}: tokenizer and model do not belong together; use the model's own tokenizer"
         )
 
 

@@ -218,6 +218,17 @@ def test_tokenizer(refuse: Refuse, model: Path) -> None:
     assert "no tokenizer" in refuse(model)
 
 
+@pytest.mark.parametrize("recipe", ["gptq-w4a16", "rtn-w4a16"])
+def test_tokenizer_of_another_model(refuse: Refuse, model: Path, recipe: str) -> None:
+    """Found in the calibration text, or where there is none in the evaluation text."""
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    edit_weights(model, lambda t: t.update({n: t[n][:110].contiguous() for n in ends}))
+    edit_config(model, vocab_size=110, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    message = refuse(model, recipe=recipe)
+    assert "vocabulary ends at 109" in message
+    assert "tokenizer and model do not belong together" in message
+
+
 def test_gguf(refuse: Refuse, tmp_path: Path) -> None:
     folder = tmp_path / "dense"
     path = tmp_path / "tiny.gguf"

@@ -59,10 +59,12 @@ def test_plan_prints_a_table_and_writes_json(cli: Cli, options: list[str], tmp_p
 def test_plan_of_a_recipe_that_trains(cli: Cli, options: list[str], tmp_path: Path) -> None:
     recipe = tmp_path / "trained.yaml"
     recipe.write_text(json.dumps(custom(solver={"kind": "rounding"}).model_dump(mode="json")))
-    result, _ = planned(cli, [options[0], "--recipe", str(recipe), *options[3:]], tmp_path)
-    train = next(row for row in result["stages"] if row["stage"] == "train")
-    assert train["memory"] > 0
-    assert train["seconds"] > 0
+    tuned = ("--set", "end_to_end.epochs=1")
+    result, _ = planned(cli, [options[0], "--recipe", str(recipe), *options[3:], *tuned], tmp_path)
+    stages = {row["stage"]: row for row in result["stages"]}
+    for name in ("train", "end to end"):
+        assert stages[name]["memory"] > 0
+        assert stages[name]["seconds"] > 0
 
 
 def test_plan_refuses_what_quantize_refuses(cli: Cli, options: list[str], tmp_path: Path) -> None:

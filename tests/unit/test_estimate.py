@@ -17,7 +17,7 @@ from crossbit.engine.plan import make_plan
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import InputError
 from crossbit.estimate import verdict
-from crossbit.estimate.disk import disk, outside, part, stream_bytes
+from crossbit.estimate.disk import disk, outside, packed, part, stream_bytes, trained
 from crossbit.estimate.machine import available_disk, available_memory, held_memory
 from crossbit.estimate.memory import STAGES, peak_by_stage
 from crossbit.estimate.shapes import Description, describe, with_recipe
@@ -31,6 +31,7 @@ TRAINED: dict[str, Any] = {
     "weights": {"bits": 4, "group": 16},
     "solver": {"kind": "rounding"},
 }
+TUNED = ("end_to_end.epochs=1",)
 RATES = dict.fromkeys(KINDS, 1e-9)
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 2048}
 
@@ -102,8 +103,8 @@ def test_low_rank_needs_less_than_full() -> None:
     assert with_recipe(full, low.recipe) == low
 
 
-def test_windows_are_saved_only_where_training_takes_long() -> None:
-    d = description(recipe_of())
+def test_windows_are_saved_inside_an_epoch_only_where_training_takes_long() -> None:
+    d = description(recipe_of("training.epochs=1", "calibration.samples=8"))
     slow = estimate(d, held=0, rates=dict.fromkeys(KINDS, 1.0))
     fast = estimate(d, held=0, rates=dict.fromkeys(KINDS, 1e-15))
     assert fast.disk.work < slow.disk.work == estimate(d, held=0).disk.work
@@ -113,11 +114,18 @@ def test_stages_are_those_of_the_run() -> None:
     trained = estimate(description(recipe_of()), held=0, rates=RATES)
     plain = estimate(description(recipe_of(base="rtn-w8a8")), held=0, rates=RATES)
     silent = description(recipe_of("evaluation.windows=0", base="rtn-w8a8"))
-    assert list(trained.memory) == list(STAGES)
-    assert set(STAGES) - set(plain.memory) == {"train"}
-    assert set(STAGES) - set(peak_by_stage(silent)) == {"train", "evaluate"}
-    assert trained.seconds is not None
-    assert set(trained.seconds) == set(STAGES)
+    tuned = estimate(description(recipe_of(*TUNED)), held=0, rates=RATES)
+    untrained = estimate(description(recipe_of(*TUNED, base="rtn-w8a8")), held=0, rates=RATES)
+    assert list(tuned.memory) == list(STAGES)
+    assert set(STAGES) - set(trained.memory) == {"end to end"}
+    assert set(STAGES) - set(plain.memory) == {"train", "end to end"}
+    assert set(STAGES) - set(peak_by_stage(silent)) == {"train", "end to end", "evaluate"}
+    # Nothing is trained, so there is nothing to tune.
+    assert untrained.memory == plain.memory
+    assert untrained.disk == plain.disk
+    for found in (tuned, trained, plain):
+        assert found.seconds is not None
+        assert set(found.seconds) == set(found.memory)
     assert trained.peak == max(((m, s) for s, m in trained.memory.items()))[::-1]
 
 
@@ -157,6 +165,33 @@ def test_gptq_takes_operations_that_rounding_does_not() -> None:
     assert set(rounded) == {"round", "release"}
 
 
+def test_tuning_all_blocks_needs_more() -> None:
+    plain, tuned, twice = (
+        estimate(description(recipe_of(*settings)), held=0, rates=RATES)
+        for settings in ((), TUNED, ("end_to_end.epochs=2",))
+    )
+    assert plain.disk.work < tuned.disk.work == twice.disk.work
+    assert all(tuned.memory[stage] == need for stage, need in plain.memory.items())
+    assert tuned.memory["end to end"] == twice.memory["end to end"] > tuned.memory["train"]
+    before, once, more = (found.seconds or {} for found in (plain, tuned, twice))
+    assert {stage: taken for stage, taken in once.items() if stage != "end to end"} == before
+    assert 0 < once["end to end"] < more["end to end"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [f"end_to_end.batch={n}" for n in (4, 16, 64)],
+        [f"calibration.length={n}" for n in (1024, 4096, 16384)],
+        ["solver.parameter=low_rank", "solver.parameter=full"],
+    ],
+)
+def test_memory_of_tuning_grows_with(sizes: list[str]) -> None:
+    found = [peak_by_stage(description(recipe_of(*TUNED, s)))["end to end"] for s in sizes]
+    assert found == sorted(found)
+    assert len(set(found)) == len(found)
+
+
 # -- sizes that equal the real ones ---------------------------------------------------------------
 
 
@@ -194,8 +229,6 @@ def test_bytes_of_files_are_those_of_a_run(
 
 def test_trained_states_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch)
-    from crossbit.estimate.disk import packed
-
     model = tiny_folder(tmp_path / "model", "llama")
     text = write_text(tmp_path / "text.txt", 1)
     states: dict[str, int] = {}
@@ -211,6 +244,40 @@ def test_trained_states_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.M
     run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
     d = description(recipe, large=False)
     assert states["window-00001"] == packed(d, d.blocks[1])
+
+
+def test_states_for_tuning_are_those_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    model = tiny_folder(tmp_path / "model", "llama")
+    text = write_text(tmp_path / "text.txt", 1)
+    states: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    real = WorkDir.save_state
+
+    def save(work: WorkDir, name: str, tensors: Any, record: Any) -> None:
+        states[name] = sum(t.nbytes for t in tensors.values())
+        real(work, name, tensors, record)
+        if name == "refined":
+            sizes.update({p.stem: p.stat().st_size for p in work.path.glob("*.safetensors")})
+
+    monkeypatch.setattr(WorkDir, "save_state", save)
+    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1", *TUNED)
+    recipe = recipe_of(*settings)
+    run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
+    d = description(recipe, large=False)
+    opened = [f"open-{i:05d}" for i in range(BLOCKS)]
+    assert [states[name] for name in opened] == [packed(d, block) for block in d.blocks]
+    assert states["refined"] == sum(packed(d, block) for block in d.blocks)
+    assert states["best-0"] == sum(trained(block) for block in d.blocks)
+    # Files are those tensors and a header.
+    heads = {name: sizes[name] - states[name] for name in (*opened, "refined")}
+    assert all(0 < head < 10_000 * BLOCKS for head in heads.values()), heads
+    ends = ("stream-00000", f"stream-{BLOCKS:05d}", f"teacher-{BLOCKS:05d}")
+    assert [sizes[name] for name in ends] == [stream_bytes(d, 4)] * 3
+    # All of it is still there when the result is put together.
+    assert disk(d).work > sum(sizes[name] for name in (*opened, *ends)) + states["refined"]
 
 
 # -- whether it fits ------------------------------------------------------------------------------
@@ -246,6 +313,25 @@ def test_advice_takes_several_settings_where_one_is_not_enough() -> None:
     assert option.count("-") > 2
     assert advice(d, room(work=least.disk.work * 0.5), 0) is None
     assert advice(d, room(memory=1000), 0) is None
+
+
+def test_leaving_out_the_tuning_is_proposed_where_it_would_fit() -> None:
+    d = description(recipe_of(*TUNED, "calibration.length=128"))
+    d = replace(d, verify_length=1, windows=0)
+    plain = with_recipe(d, changed(d.recipe, {"end_to_end": None}))
+    assert plain.end_to_end is None
+    without, need = estimate(plain, held=0), estimate(d, held=0)
+    for limit in (room(memory=without.peak[1]), room(work=without.disk.work)):
+        assert limit.lacks(need)
+        assert advice(d, limit, 0) == "--set end_to_end=null"
+    assert Recipe.load(d.recipe, ["end_to_end=null"]) == plain.recipe
+    # Together with others, where it is not enough.
+    every = [update for _, update in changes(d.recipe)]
+    least = estimate(with_recipe(d, changed(d.recipe, *every)), held=0)
+    option = advice(d, room(work=least.disk.work), 0)
+    assert option is not None
+    assert "--set end_to_end=null" in option
+    assert "end_to_end.batch" not in option
 
 
 def test_a_recipe_without_calibration_is_not_told_to_calibrate_less() -> None:

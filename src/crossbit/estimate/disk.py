@@ -42,8 +42,8 @@ def disk(description: Description, *, saves: bool = True) -> Disk:
 
     Args:
         description: the run.
-        saves: the state of a window in training is saved, which happens where it takes longer than
-            ``engine.window.SAVE_SECONDS``.
+        saves: the state of a window in training is saved inside an epoch, which happens where it
+            takes longer than ``engine.window.SAVE_SECONDS``.
     """
     d = description
     parts = [part(d, block) for block in d.blocks]
@@ -53,6 +53,10 @@ def disk(description: Description, *, saves: bool = True) -> Disk:
     left = 0.0
     if d.samples:
         left = held + (stream * 2)  # what left the last block, the teacher's or what entered it
+    if d.end_to_end is not None:
+        peak = max(peak, _refine(d, parts))
+        # What entered the first block; the blocks as they were before and after.
+        left += stream + 2 * sum(packed(d, block) for block in d.blocks)
     ends = outside(d)
     output = result(d, done + ends)
     # A shard is put together from a file for each width of element, one after the other.
@@ -122,31 +126,54 @@ def _blocks(d: Description, parts: list[float]) -> float:
 def _windows(d: Description, parts: list[float], saves: bool) -> float:
     stream, held = stream_bytes(d, d.samples), stream_bytes(d, d.held)
     peak, opened, done, before = 0.0, 0, 0.0, 0.0
+    refines = d.end_to_end is not None
+    # After an epoch that helped, and now and then; the next one is written before the last goes.
+    copies = 2 if saves else min(2, d.recipe.training.epochs)
     for window in d.schedule:
         blocks = [d.blocks[i] for i in window.blocks]
         teachers = window.stop - max(opened, window.start) + 1
         fresh = window.stop - max(opened, window.start)
         inner = min(2, max(0, fresh if opened > window.start else fresh - 1))
         opening = stream * (1 + teachers + inner)
-        best = sum(map(_trained, (x for b in blocks for x in b.planned)))
+        best = sum(trained(b) for b in blocks)
         state = sum(packed(d, b) for b in blocks) + 2 * best
         homologous = 2 if d.recipe.objective.homologous and len(blocks) > 1 else 0
         homologous = homologous or int(bool(d.recipe.objective.homologous))
-        training = stream * (1 + teachers + homologous) + 2 * best
-        training += 2 * state if saves else 0.0
+        training = stream * (1 + teachers + homologous) + 2 * best + copies * state
         closed = sum(parts[i] for i in window.hardened)
         closing = stream * (1 + teachers + window.leaving) + held + closed
-        closing += state if saves else 0.0
+        closing += state + 2 * best if copies else best
+        # For the end-to-end stage: what entered the first block, the blocks as they left training.
+        kept = stream if refines and window.start else 0.0
+        states = sum(packed(d, d.blocks[i]) for i in window.hardened) if refines else 0.0
+        closing += states
         staying = sum(packed(d, d.blocks[i]) for i in range(window.hardened.stop, window.stop))
-        peak = max(peak, done + before + max(opening, training, closing + staying))
-        opened, done, before = window.stop, done + closed, staying
+        peak = max(peak, done + before + kept + max(opening, training, closing + staying))
+        opened, done, before = window.stop, done + closed + states, staying
     return peak
+
+
+def _refine(d: Description, parts: list[float]) -> float:
+    """All blocks finished and, as they left their windows, open; tuned, then written again."""
+    stream, held = stream_bytes(d, d.samples), stream_bytes(d, d.held)
+    opened, best = sum(packed(d, b) for b in d.blocks), sum(map(trained, d.blocks))
+    # What entered the first block and left the last one, the teacher's; the best state and the one
+    # before it, the state in training and the one that takes its place.
+    tuning = 3 * stream + held + 2 * best + 2 * (opened + 2 * best)
+    # What enters the block in work and leaves it; its files take the place of others.
+    writing = stream * (5 if len(parts) > 1 else 4) + 2 * held + opened + max(parts)
+    return sum(parts) + opened + max(tuning, writing)
 
 
 def _trained(layer: LayerShape) -> float:
     """Parameters of a layer as they are saved, the steps included."""
     full = layer.rounding is None or layer.rounding.parameter == "full"
     return FLOAT * ((layer.weights if full else layer.parameters) + layer.scales)
+
+
+def trained(block: BlockShape) -> float:
+    """What is trained of a block."""
+    return sum(map(_trained, block.planned))
 
 
 def packed(d: Description, block: BlockShape) -> float:

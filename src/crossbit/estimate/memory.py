@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from crossbit.engine.fit import Task
 from crossbit.engine.job import batch_of
+from crossbit.engine.logits import TOKENS
 from crossbit.engine.opening import FITTING_TOKENS, SAMPLE_TOKENS
 from crossbit.engine.scale import SAMPLE_ROWS
+from crossbit.estimate.disk import trained
 from crossbit.estimate.shapes import (
     BlockShape,
     Description,
@@ -23,7 +26,8 @@ from crossbit.estimate.shapes import (
     wants_sample,
 )
 from crossbit.evaluation import perplexity
-from crossbit.recipe import AwqScale, CrossFold, Gptq, Smooth
+from crossbit.objective import CHUNK_ELEMENTS
+from crossbit.recipe import AwqScale, CrossFold, EndToEnd, Gptq, Smooth, Training
 from crossbit.transforms.column_fit import MIN_TOKENS
 
 FLOAT, DOUBLE = 4, 8
@@ -51,8 +55,13 @@ FACTOR_MATRICES, LOOP_MATRICES = 5, 3
 ROUND_TRIP, FOLD, DEQUANTIZE = 13, 16, 8
 # Elements as wide as the widest input that the fit of a factor keeps of a minibatch of tokens.
 FIT_ROWS, FIT_BUFFERS = 896, 8
+# Float32 copies of a chunk of logits in their divergence: both models', softmaxes, terms, one more.
+DIVERGENCE = 6
 
-STAGES = ("prepare", "open", "solve", "train", "close", "head", "assemble", "evaluate", "verify")
+STAGES = (
+    *("prepare", "open", "solve", "train", "close", "end to end", "head"),
+    *("assemble", "evaluate", "verify"),
+)
 
 
 def peak_by_stage(description: Description, *, tokenise: float = 0.0) -> dict[str, float]:
@@ -76,6 +85,8 @@ def peak_by_stage(description: Description, *, tokenise: float = 0.0) -> dict[st
     }
     if d.recipe.trains:
         found["train"] = _train(d)
+    if d.end_to_end is not None:
+        found["end to end"] = _refine(d, d.end_to_end)
     if d.windows:
         found["evaluate"] = FINISH_LIBRARIES + max(tokenise, _evaluate(d))
     return {stage: found[stage] + SLACK for stage in STAGES if stage in found}
@@ -303,14 +314,21 @@ def saved(d: Description, block: BlockShape) -> float:
     return total
 
 
-def training_tokens(d: Description) -> int:
+def training_tokens(d: Description, training: Training) -> int:
     """Tokens that go through a window at once (``engine.fit``)."""
-    at_once = max(1, 4096 // d.length)
-    return min(at_once, d.recipe.training.batch) * d.length
+    at_once = max(1, Task.tokens // d.length)
+    return min(at_once, training.batch) * d.length
+
+
+def _logits(d: Description, *, gradient: bool) -> float:
+    """Of a few tokens at a time: both models' and their gradient (``engine.logits``)."""
+    elements = min(TOKENS, d.length) * d.vocabulary
+    chunk = min(elements, max(CHUNK_ELEMENTS, d.vocabulary))
+    return float(d.itemsize * (3 if gradient else 2) * elements + DIVERGENCE * FLOAT * chunk)
 
 
 def _train(d: Description) -> float:
-    tokens, worst = training_tokens(d), 0.0
+    tokens, worst = training_tokens(d, d.recipe.training), 0.0
     for window in d.schedule:
         blocks = [d.blocks[i] for i in window.blocks]
         alive = sum(_live(d, b) for b in blocks)
@@ -323,9 +341,43 @@ def _train(d: Description) -> float:
         pulled = FLOAT * max((layer.parameters for layer in layers), default=0)
         logits = 0.0
         if d.recipe.objective.logits and window.stop == len(d.blocks):
-            logits = d.itemsize * (d.outside_weights + 3 * tokens * d.vocabulary)
+            # The gradient of what leaves the last block is kept, and scaled.
+            logits = d.itemsize * (d.outside_weights + 2 * tokens * d.width)
+            logits += _logits(d, gradient=True)
         worst = max(worst, alive + weights + moments + max(graph + widest + logits, pulled))
     return worst
+
+
+def _refine(d: Description, settings: EndToEnd) -> float:
+    """All blocks in training at once, of which one runs at a time; then they are closed again."""
+    alive = sum(_live(d, b) for b in d.blocks)
+    layers = [layer for b in d.blocks for layer in b.planned]
+    moved = [layer for layer in layers if layer.rounding is not None]
+    moments = 2 * FLOAT * sum(layer.parameters + layer.scales for layer in moved)
+    tokens = training_tokens(d, settings)
+    batch = d.itemsize * d.width * min(settings.batch, d.samples - d.held) * d.length
+    # What enters the blocks and leaves the last one, the target, the gradient.
+    inputs = batch * (len(d.blocks) + 3)
+    block = 0.0
+    for b in dict.fromkeys(d.blocks):
+        weights = 2 * d.itemsize * sum(layer.weights for layer in b.planned)
+        ran = tokens * saved(d, b) + forward(d, b, tokens, d.length, d.itemsize)
+        pulled = FLOAT * max((layer.parameters for layer in b.planned), default=0)
+        block = max(block, weights + max(ran, pulled))
+    loss = _logits(d, gradient=True) + d.itemsize * tokens * d.width
+    # An evaluation makes the weights of all blocks, and runs more sequences at a time.
+    tokens = min(max(1, Task.tokens // d.length), d.held) * d.length
+    ran = max(forward(d, b, tokens, d.length, d.itemsize) for b in dict.fromkeys(d.blocks))
+    held = max(ran, _logits(d, gradient=False))
+    held += d.itemsize * (sum(layer.weights for layer in layers) + 2 * tokens * d.width)
+    tuning = alive + moments + d.itemsize * d.outside_weights
+    # The best parameters come back from their file beside those in use.
+    tuning += max(inputs + max(block, loss), held, sum(map(trained, d.blocks)))
+    left, closing = alive, 0.0
+    for b in d.blocks:
+        left -= _live(d, b)
+        closing = max(closing, left + _close(d, b))
+    return max(tuning, closing)
 
 
 # -- outside the blocks -------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from crossbit.export.fingerprint import tensor_sha256
 from crossbit.grid import Grid, QTensor
 from crossbit.models.checkpoint import Checkpoint, count_nonfinite
 from crossbit.models.shell import Shell
+from crossbit.objective import logit_kl
 from crossbit.packing import pack, unpack
 from crossbit.recipe import Gptq
 from crossbit.runtime.linear import QuantLinear
@@ -302,12 +303,25 @@ class Probe:
 
     # -- the rest -----------------------------------------------------------------------------
 
-    def losses(self) -> dict[str, float]:
-        """A loss over the vocabulary, from logits in the dtype of computation."""
+    def losses(self, kinds: set[str]) -> dict[str, float]:
+        """Losses over the vocabulary, from logits in the dtype of computation."""
         tokens = max(1, (1 << 22) // self.d.vocabulary)
         logits = self.normal(tokens, self.d.vocabulary).to(self.dtype)
         ids = torch.zeros(tokens, dtype=torch.long)
-        return {"logits": best(lambda: F.cross_entropy(logits.float(), ids)) / logits.numel()}
+        found: dict[str, float] = {}
+        if "logits" in kinds:
+            taken = best(lambda: F.cross_entropy(logits.float(), ids))
+            found["logits"] = taken / logits.numel()
+        if "divergence" in kinds:
+            own = logits.flip(0).requires_grad_()
+
+            def step() -> None:
+                with torch.enable_grad():
+                    logit_kl(own, logits).backward()  # type: ignore[no-untyped-call]
+                own.grad = None
+
+            found["divergence"] = best(step) / logits.numel()
+        return found
 
     def files(self) -> dict[str, float]:
         """Writing, reading, hashing, looking for NaN."""
@@ -378,8 +392,8 @@ def rates(
         found |= probe.ranges()
     if "soften" in wanted:
         found |= probe.trained()
-    if "logits" in wanted:
-        found |= probe.losses()
+    if wanted & {"logits", "divergence"}:
+        found |= probe.losses(wanted)
     return found
 
 

@@ -18,7 +18,15 @@ from crossbit.export.scheme import INT, QuantScheme
 from crossbit.models.experts import is_expert
 from crossbit.models.shell import Shell
 from crossbit.packing import words_per_row
-from crossbit.recipe import Activations, Gptq, Recipe, Rtn, TrainedRounding, first_solver
+from crossbit.recipe import (
+    Activations,
+    EndToEnd,
+    Gptq,
+    Recipe,
+    Rtn,
+    TrainedRounding,
+    first_solver,
+)
 from crossbit.run import VERIFY_TOKENS, evaluation_length
 from crossbit.windows import Window, schedule
 
@@ -228,6 +236,11 @@ class Description:
     def parameters(self) -> int:
         """All parameters of the model."""
         return sum(block.parameters for block in self.blocks) + self.outside_weights
+
+    @property
+    def end_to_end(self) -> EndToEnd | None:
+        """Settings of the stage that tunes all blocks together, None if there is none."""
+        return self.recipe.end_to_end if self.recipe.trains else None
 
     @property
     def schedule(self) -> list[Window]:

@@ -125,7 +125,7 @@ def estimate(
     peaks = peak_by_stage(description, tokenise=TOKENISE_BYTES * longest)
     saves = True
     if times is not None and description.recipe.trains:
-        # The state of a window is saved only where its training takes this long.
+        # The state of a window is saved inside an epoch only where its training takes this long.
         saves = times["train"] / len(description.schedule) > SAVE_SECONDS
     return Estimate(
         {stage: held + peak for stage, peak in peaks.items()},
@@ -139,13 +139,25 @@ def estimate(
 TOKENISE_BYTES = 40
 
 
-def changes(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Settings that need less, as an option and as changes by section; smallest change first."""
+Change = dict[str, dict[str, Any] | None]
+
+
+def changes(recipe: Recipe) -> Iterator[tuple[str, Change]]:
+    """Settings that need less, as an option and as changes by section; smallest change first.
+
+    A section that is None is left out.
+    """
     if recipe.trains:
         batch, window = recipe.training.batch, recipe.objective.window
         while batch > 1:
             batch //= 2
             yield f"--set training.batch={batch}", {"training": {"batch": batch}}
+        if recipe.end_to_end is not None:
+            batch = recipe.end_to_end.batch
+            while batch > 1:
+                batch //= 2
+                yield f"--set end_to_end.batch={batch}", {"end_to_end": {"batch": batch}}
+            yield "--set end_to_end=null", {"end_to_end": None}
         solver = recipe.solver
         if isinstance(solver, TrainedRounding) and solver.parameter == "full":
             yield "--set solver.parameter=low_rank", {"solver": {"parameter": "low_rank"}}
@@ -169,19 +181,22 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--set evaluation.windows=0", {"evaluation": {"windows": 0}}
 
 
-def changed(recipe: Recipe, *updates: dict[str, Any]) -> Recipe:
+def changed(recipe: Recipe, *updates: Change) -> Recipe:
     """A recipe with sections changed as ``changes`` says."""
     data = recipe.model_dump(mode="json")
     for update in updates:
         for section, values in update.items():
-            data[section].update(values)
+            if values is None:
+                data[section] = None
+            else:
+                data[section].update(values)
     return Recipe.parse(data, recipe.name)
 
 
 def advice(description: Description, room: Room, held: float) -> str | None:
     """The option, or the options, with which a run fits; None if none of those tried does."""
 
-    def fits(*updates: dict[str, Any]) -> bool:
+    def fits(*updates: Change) -> bool:
         recipe = changed(description.recipe, *updates)
         return not room.lacks(estimate(with_recipe(description, recipe), held=held))
 
@@ -193,7 +208,7 @@ def advice(description: Description, room: Room, held: float) -> str | None:
             return option
     # No setting alone: the least of each kind together.
     last = {
-        tuple((section, *values) for section, values in update.items()): (option, update)
+        tuple((section, *(values or ())) for section, values in update.items()): (option, update)
         for option, update in options
     }
     kept = list(last.values())

@@ -16,7 +16,8 @@ fit          elements of a step of the fit of a column factor
 fold         weights that a factor is folded into
 ranges       elements of inputs whose maxima and means are taken
 soften, pull, adam   weights made for training, gradients brought back, parameters moved
-logits       tokens x vocabulary of a loss
+logits       tokens x vocabulary of a loss; ``divergence``: of one between two models' logits and
+             its gradient
 load         parameters read from the checkpoint and cast
 pack, unpack weights written as the export has them, and read back
 write, read, hash    bytes
@@ -32,7 +33,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from crossbit.engine.scale import SAMPLE_ROWS
-from crossbit.estimate.disk import outside, packed, part, stream_bytes
+from crossbit.estimate.disk import outside, packed, part, stream_bytes, trained
 from crossbit.estimate.memory import GPTQ_ROWS
 from crossbit.estimate.shapes import (
     BlockShape,
@@ -44,7 +45,7 @@ from crossbit.estimate.shapes import (
     wants_ranges,
     wants_sample,
 )
-from crossbit.recipe import AwqScale, Cfp, CrossFold, Gptq, Rtn, Smooth
+from crossbit.recipe import AwqScale, Cfp, CrossFold, EndToEnd, Gptq, Rtn, Smooth
 from crossbit.transforms import column_fit, cross_fold, smooth
 
 Work = dict[str, dict[str, float]]
@@ -62,8 +63,8 @@ KINDS = (
         "factor",
     ),
     *("column", "cell", "round", "clip", "awq_clip", "trip", "sampled", "fit", "fold", "ranges"),
-    *("soften", "pull", "adam", "logits", "load", "pack", "unpack", "write", "read", "hash"),
-    *("scan", "characters", "release", "seconds"),
+    *("soften", "pull", "adam", "logits", "divergence", "load", "pack", "unpack"),
+    *("write", "read", "hash", "scan", "characters", "release", "seconds"),
 )
 
 # Seconds that importing the libraries for finishing and for verification takes, and writing the
@@ -93,6 +94,8 @@ def operations(description: Description, *, characters: tuple[int, int] = (0, 0)
         _close(d, block, counts["close"])
     if d.recipe.trains:
         _train(d, counts)
+    if d.end_to_end is not None:
+        _refine(d, d.end_to_end, counts["end to end"])
     _head(d, counts["head"])
     exported = outside(d) + sum(part(d, block) for block in d.blocks)
     counts["assemble"]["seconds"] += FINISH_SECONDS
@@ -302,15 +305,51 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
                     work["adam"] += steps * (layer.parameters + layer.scales)
                     work["write"] += (training.epochs + 1) * 4 * layer.parameters
         if d.recipe.objective.logits and window.stop == len(d.blocks):
-            tokens = training.epochs * fitting * d.length
-            work["logits"] += 2 * tokens * d.vocabulary
-            work["trained"] += 2 * 2 * tokens * d.vocabulary * d.width
+            work["load"] += d.outside_weights
+            _divergence(d, work, training.epochs * fitting, training.epochs + 1)
         for index in window.hardened:
             closing["load"] += d.blocks[index].parameters
             _pass(closing, "forward", d, d.blocks[index], d.held, d.length)
         staying = range(window.hardened.stop, window.stop)
         work["write"] += sum(packed(d, d.blocks[i]) for i in staying)
         opened = window.stop
+
+
+def _refine(d: Description, settings: EndToEnd, work: defaultdict[str, float]) -> None:
+    """Keep the blocks open, train them together, close them again."""
+    fitting, evaluations = d.samples - d.held, settings.epochs + 1
+    steps = settings.epochs * -(-fitting // settings.batch)
+    seen = settings.epochs * fitting
+    opened, best = sum(packed(d, b) for b in d.blocks), sum(map(trained, d.blocks))
+    work["load"] += d.outside_weights
+    for block in d.blocks:
+        work["load"] += 2 * block.parameters  # what it is put into; the target's
+        _pass(work, _kind(block), d, block, seen + evaluations * d.held, d.length)
+        _pass(work, "trained", d, block, seen, d.length)  # runs again, and backward
+        for layer in block.planned:
+            # Made twice a step, and once more to be closed.
+            work["soften"] += (2 * steps + evaluations + 1) * layer.weights
+            if layer.rounding is not None:
+                work["pull"] += steps * layer.weights
+                work["adam"] += steps * (layer.parameters + layer.scales)
+        _pass(work, "forward", d, block, d.held, d.length)
+        _close(d, block, work)
+    _divergence(d, work, seen, evaluations)
+    # The open blocks; the best parameters, and a state in training after each epoch; the result.
+    work["write"] += 2 * opened + evaluations * best + settings.epochs * (opened + 2 * best)
+    work["read"] += opened + best
+
+
+def _divergence(
+    d: Description, work: defaultdict[str, float], sequences: int, evaluations: int
+) -> None:
+    """Logits of two models: of sequences that are trained on, and of those that judge."""
+    judged = evaluations * d.held
+    tokens = float(sequences + judged) * d.length
+    work["divergence"] += tokens * d.vocabulary
+    # Two products with the head; a third one brings the gradient back through it.
+    products = (3 * sequences + 2 * judged) * d.length
+    work["forward"] += 2.0 * products * d.vocabulary * d.width
 
 
 def _head(d: Description, work: defaultdict[str, float]) -> None:
