@@ -123,7 +123,8 @@ RULES: tuple[Rule, ...] = (
         lambda r: any(not a.grid().research and not _default_divisor(a) for a in _activations(r)),
         "a divisor of its own on activations that are exported: readers use (2^bits - 1) / 2",
         "leave activations.divisor out, use a research kind (per_token_clip, cross_dynamic, "
-        "cross_static, cross_static_clip), or measure another reader with `crossbit evaluate --divisor`",
+        "cross_static, cross_static_clip), or measure another reader with "
+        "`crossbit evaluate --divisor`",
     ),
     Rule(
         lambda r: any(a.kind == "per_tensor_static" and a.bits != 8 for a in _activations(r)),
