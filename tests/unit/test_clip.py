@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -284,10 +285,28 @@ def test_a_window_that_did_not_get_better_has_its_factor_back() -> None:
             # Held-out losses that rise with every step away from the start.
             return value if output.requires_grad else value * 0 + 2.0 - clip_of(block)  # noqa: B023
 
-        bad = Task(**{**vars(task), "loss": loss})
-        progress = fit(bad, Memory([block]), None, {})
+        progress = fit(replace(task, loss=loss), Memory([block]), None, {})
         assert progress.best == progress.before
         assert clip_of(block) == 1.0
+
+
+def test_what_returns_to_its_first_integers_is_not_clipped() -> None:
+    """Training helped what started undecided, but not as much as not to have begun."""
+    block = make_block(base="zero")
+    task = make_task(block)
+    judged = 0
+
+    def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
+        nonlocal judged
+        if output.requires_grad:
+            return task.loss(output, targets)
+        judged += 1  # twice a held-out loss: undecided, first integers, then after each epoch
+        return torch.tensor((3.0, 1.0, 2.0)[min((judged - 1) // 2, 2)])
+
+    progress = fit(replace(task, loss=loss), Memory([block]), None, {})
+    assert progress.best_at > 0
+    assert progress.events == ["training did not help: the window stays as it was"]
+    assert clip_of(block) == 1.0
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
