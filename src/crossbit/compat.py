@@ -21,6 +21,7 @@ from crossbit.recipe import (
     Recipe,
     Smooth,
     Solver,
+    TrainedRounding,
     Training,
     WeightGrid,
     first_solver,
@@ -99,9 +100,11 @@ RULES: tuple[Rule, ...] = (
         "add `transforms: [{kind: cross_fold}]`, or use kind per_token",
     ),
     Rule(
-        lambda r: _has(r, CrossFold) and any(a.grid().research for a in _activations(r)),
+        lambda r: (
+            _has(r, CrossFold) and any(a.grid().kind.startswith("cross") for a in _activations(r))
+        ),
         "cross_fold together with an unfolded CrossQuant mode would apply the column factor twice",
-        "activations.kind cross_folded or per_token with cross_fold; "
+        "activations.kind cross_folded, per_token or per_token_clip with cross_fold; "
         "cross_dynamic, cross_static or cross_static_clip without it",
     ),
     Rule(
@@ -119,8 +122,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda r: any(not a.grid().research and not _default_divisor(a) for a in _activations(r)),
         "a divisor of its own on activations that are exported: readers use (2^bits - 1) / 2",
-        "leave activations.divisor out, use a research kind (cross_dynamic, cross_static, "
-        "cross_static_clip), or measure another reader with `crossbit evaluate --divisor`",
+        "leave activations.divisor out, use a research kind (per_token_clip, cross_dynamic, "
+        "cross_static, cross_static_clip), or measure another reader with "
+        "`crossbit evaluate --divisor`",
     ),
     Rule(
         lambda r: any(a.kind == "per_tensor_static" and a.bits != 8 for a in _activations(r)),
@@ -186,6 +190,15 @@ RULES: tuple[Rule, ...] = (
         ),
         "signed scales on an asymmetric grid, whose zero point does their work",
         "weights.signed null or false, or weights.symmetric true",
+    ),
+    Rule(
+        lambda r: any(
+            a is not None and a.kind == "per_token_clip" and not isinstance(solver, TrainedRounding)
+            for _, a, solver in _combinations(r)
+        ),
+        "the clip factor of per_token_clip is learned with the rounding, and these layers are not "
+        "trained: it would stay 1, which is per_token",
+        "solver {kind: rounding} with per_token_clip, or kind per_token",
     ),
 )
 

@@ -19,21 +19,21 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
 from crossbit.grid import Grid, auto_group_size, signed_by_default
+from crossbit.recipe_training import EndToEnd as EndToEnd
+from crossbit.recipe_training import Objective as Objective
+from crossbit.recipe_training import Strict
+from crossbit.recipe_training import Training as Training
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class WeightGrid(_Strict):
+class WeightGrid(Strict):
     """The grid axis. ``group`` is "channel", "tensor", a number of input channels, or "auto"."""
 
     bits: int = Field(4, ge=2, le=8)
@@ -67,7 +67,7 @@ class WeightGrid(_Strict):
         return grid
 
 
-class Activations(_Strict):
+class Activations(Strict):
     """The activation axis. See ``crossbit.activations.grid`` for the kinds.
 
     ``cross_folded`` is CrossQuant's deployable mode: per token on a model whose column factors a
@@ -77,6 +77,7 @@ class Activations(_Strict):
     bits: int = Field(8, ge=2, le=8)
     kind: Literal[
         "per_token",
+        "per_token_clip",
         "per_tensor_static",
         "cross_dynamic",
         "cross_static",
@@ -95,7 +96,7 @@ class Activations(_Strict):
         return ActivationGrid(bits=self.bits, kind=kind, divisor=self.divisor, alpha=alpha)
 
 
-class CrossFold(_Strict):
+class CrossFold(Strict):
     """CrossQuant's column factor c_j^(1-alpha), folded into the layer before."""
 
     kind: Literal["cross_fold"] = "cross_fold"
@@ -107,7 +108,7 @@ class CrossFold(_Strict):
     skip_massive: bool = True
 
 
-class Smooth(_Strict):
+class Smooth(Strict):
     """SmoothQuant (arXiv 2211.10438): f_j = max|X_j|^s / max|W_j|^(1-s)."""
 
     kind: Literal["smooth"] = "smooth"
@@ -115,7 +116,7 @@ class Smooth(_Strict):
     targets: Literal["norms", "all"] = "norms"
 
 
-class AwqScale(_Strict):
+class AwqScale(Strict):
     """AWQ's scale search (arXiv 2306.00978): f_j = mean|X_j|^r, r searched on the output error."""
 
     kind: Literal["awq_scale"] = "awq_scale"
@@ -123,7 +124,7 @@ class AwqScale(_Strict):
     weight_term: bool = True
 
 
-class Cfp(_Strict):
+class Cfp(Strict):
     """CBQ's coarse-to-fine preprocessing (arXiv 2312.07950): outliers scaled, or truncated.
 
     ``activations`` folds factors of outlier channels, ``weights`` truncates outlier weights.
@@ -143,14 +144,14 @@ class Cfp(_Strict):
 Transform = Annotated[CrossFold | Smooth | AwqScale | Cfp, Field(discriminator="kind")]
 
 
-class Rtn(_Strict):
+class Rtn(Strict):
     """Round to nearest. ``clip``: none, mse (weight error), or awq (output error on a sample)."""
 
     kind: Literal["rtn"] = "rtn"
     clip: Literal["none", "mse", "awq"] = "none"
 
 
-class Gptq(_Strict):
+class Gptq(Strict):
     """GPTQ (arXiv 2210.17323)."""
 
     kind: Literal["gptq"] = "gptq"
@@ -167,7 +168,7 @@ class Gptq(_Strict):
         return self.model_dump(exclude={"kind"})
 
 
-class TrainedRounding(_Strict):
+class TrainedRounding(Strict):
     """Rounding trained on the objective: LoRA-Rounding, AdaRound. See ``solvers.rounding``.
 
     ``start`` makes the codes to begin with; ``steps`` says whether the weights' steps are trained
@@ -192,64 +193,7 @@ def first_solver(solver: Solver) -> Rtn | Gptq:
     return solver.start if isinstance(solver, TrainedRounding) else solver
 
 
-class Objective(_Strict):
-    """What training minimises: the output error of a window of blocks (CBQ, arXiv 2312.07950).
-
-    Attributes:
-        window, overlap: blocks a window, and how many of them the next one shares.
-        expand: windows that grow at the first blocks, shrink at the last, or both.
-        largest: blocks of the largest expanding window; None is one more than ``window``.
-        homologous: weight of the target that the original blocks make of the quantized input,
-            beside the target from the original input, whose weight is 1.
-        norm: of the squared error, see ``crossbit.objective``.
-        kl, temperature: of the divergence between hidden states.
-        logits: weight of the divergence between logits in windows that end at the last block.
-    """
-
-    window: int = Field(2, ge=1)
-    overlap: int = Field(1, ge=0)
-    expand: Literal["none", "first", "last", "ends"] = "none"
-    largest: int | None = Field(None, ge=1)
-    homologous: float = Field(0.0, ge=0)
-    norm: Literal["sum", "mean", "token"] = "token"
-    kl: float = Field(0.0, ge=0)
-    temperature: float = Field(1.0, gt=0)
-    logits: float = Field(0.0, ge=0)
-
-
-_Share = Annotated[float, Field(ge=0, lt=1)]
-_Exponent = Annotated[float, Field(ge=1)]
-
-
-class Training(_Strict):
-    """How it is minimised. Rates are Adam's: ``rounding`` in steps, ``step`` in log steps.
-
-    ``regulariser`` and ``beta`` belong to mode "sigmoid": its weight, and its exponent at the start
-    and at the end of annealing, which begins after a fifth of the steps.
-    """
-
-    epochs: int = Field(3, ge=0)
-    batch: int = Field(4, ge=1)
-    rounding: float = Field(1e-2, gt=0)
-    step: float = Field(1e-3, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = Field(0.05, ge=0, lt=1)
-    betas: tuple[_Share, _Share] = (0.9, 0.99)
-    regulariser: float = Field(0.01, ge=0)
-    beta: tuple[_Exponent, _Exponent] = (20.0, 2.0)
-    retries: int = Field(2, ge=0)
-
-
-class EndToEnd(Training):
-    """Tuning of all blocks together on the divergence of logits, after the windows."""
-
-    epochs: int = Field(1, ge=0)
-    rounding: float = Field(1e-3, gt=0)
-    step: float = Field(1e-4, ge=0)
-    temperature: float = Field(1.0, gt=0)
-
-
-class Calibration(_Strict):
+class Calibration(Strict):
     """How much text is used, and how it is cut. ``holdout`` is kept out of column maxima."""
 
     text: str = "embedded"
@@ -259,7 +203,7 @@ class Calibration(_Strict):
     seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """What is measured after a run, on the original and the result; windows 0: nothing."""
 
     text: str = "embedded"
@@ -267,7 +211,7 @@ class Evaluation(_Strict):
     length: int = Field(2048, ge=8)
 
 
-class Override(_Strict):
+class Override(Strict):
     """Other choices for the layers that ``match`` names (a role, a name or a glob pattern)."""
 
     match: str
@@ -276,7 +220,7 @@ class Override(_Strict):
     solver: Solver | None = None
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A full recipe; ``Recipe.load`` reads a preset or a file."""
 
     name: str

@@ -25,6 +25,7 @@ from crossbit.errors import InputError
 
 KINDS: tuple[ActivationKind, ...] = (
     "per_token",
+    "per_token_clip",
     "per_tensor_static",
     "cross_dynamic",
     "cross_static",
@@ -71,7 +72,7 @@ def reference_steps(
         c = [] if columns is None else columns.double().tolist()
     steps = []
     for row in values:
-        if grid.kind == "per_token":
+        if grid.kind.startswith("per_token"):
             steps.append([max(row) / d] * len(row))
         elif grid.kind == "cross_static":
             f = [m ** (1 - a) for m in c]
@@ -99,8 +100,9 @@ def test_grid_is_that_of_the_exports_readers(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_crossquants_unfolded_modes_are_research(kind: ActivationKind) -> None:
-    assert ActivationGrid(kind=kind).research == kind.startswith("cross")
+def test_what_no_runtime_executes_is_research(kind: ActivationKind) -> None:
+    research = kind.startswith("cross") or kind == "per_token_clip"
+    assert ActivationGrid(kind=kind).research == research
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4])

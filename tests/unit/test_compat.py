@@ -19,7 +19,8 @@ FOLD = [{"kind": "cross_fold"}]
 TENSOR = {"bits": 8, "group": "tensor"}
 FLOAT_SCALES = {"symmetric": False, "scale_dtype": "float32"}
 DYNAMIC = {"kind": "cross_dynamic"}
-GPTQ = {"kind": "gptq"}
+GPTQ, ROUNDING = {"kind": "gptq"}, {"kind": "rounding"}
+CLIPPED = {"bits": 4, "kind": "per_token_clip"}
 
 # Index of the rule in the table, a recipe that breaks it, what the message has to offer, and
 # recipes that follow the advice.
@@ -239,6 +240,33 @@ CASES += [
             {"weights": {"symmetric": False, "signed": False}, "activations": A8},
             {"weights": {"symmetric": False}, "activations": A8},
             {"weights": {"bits": 8, "signed": True}},
+        ],
+    ),
+    (
+        13,
+        {"activations": CLIPPED, "solver": GPTQ},
+        ("solver {kind: rounding}", "kind per_token"),
+        [
+            {"activations": CLIPPED, "solver": ROUNDING},
+            {"activations": CLIPPED, "solver": ROUNDING, "transforms": FOLD},
+            {"activations": {**CLIPPED, "divisor": 7.0}, "solver": ROUNDING},
+            {"activations": {"kind": "per_token"}, "solver": GPTQ},
+        ],
+    ),
+    (
+        13,
+        {
+            "activations": CLIPPED,
+            "solver": ROUNDING,
+            "overrides": [{"match": "down_proj", "solver": GPTQ}],
+        },
+        ("solver {kind: rounding}",),
+        [
+            {
+                "activations": CLIPPED,
+                "solver": ROUNDING,
+                "overrides": [{"match": "down_proj", "solver": GPTQ, "activations": A8}],
+            }
         ],
     ),
 ]

@@ -22,7 +22,10 @@ MAX_LINES = 500
 # Lowest first.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "cache"),
-    ("grid", "packing", "windows", "objective", "device", "safetensors_format"),
+    (
+        *("grid", "packing", "windows", "objective", "device", "safetensors_format"),
+        "recipe_training",
+    ),
     ("activations",),
     ("recipe", "models", "corpora", "solvers", "report", "engine.progress"),
     ("transforms", "compat", "engine.plan", "runtime.linear", "runtime.install"),

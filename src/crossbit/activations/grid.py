@@ -8,9 +8,16 @@ from typing import Literal
 from crossbit.errors import InputError
 
 ActivationKind = Literal[
-    "per_token", "per_tensor_static", "cross_dynamic", "cross_static", "cross_static_clip"
+    "per_token",
+    "per_token_clip",
+    "per_tensor_static",
+    "cross_dynamic",
+    "cross_static",
+    "cross_static_clip",
 ]
-RESEARCH_KINDS: frozenset[str] = frozenset({"cross_dynamic", "cross_static", "cross_static_clip"})
+RESEARCH_KINDS: frozenset[str] = frozenset(
+    {"per_token_clip", "cross_dynamic", "cross_static", "cross_static_clip"}
+)
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,12 @@ class ActivationGrid:
     Args:
         bits: 2 to 8.
         kind: ``per_token`` (one dynamic scale a row), ``per_tensor_static`` (one calibrated
-            scale), or a CrossQuant research mode: ``cross_dynamic`` (column maxima of the current
-            window, the paper's; not causal), ``cross_static`` (calibrated column maxima, the row
-            rescales so that nothing clips), ``cross_static_clip`` (calibrated column maxima,
-            elements above them saturate). The folded mode of CrossQuant is ``per_token`` on a
+            scale), ``per_token_clip`` (research: ``per_token`` times a learned factor of the
+            layer input, elements beyond it saturate), or a CrossQuant research mode:
+            ``cross_dynamic`` (column maxima of the current window, the paper's; not causal),
+            ``cross_static`` (calibrated column maxima, the row rescales so that nothing clips),
+            ``cross_static_clip`` (calibrated column maxima, elements above them saturate). The
+            folded mode of CrossQuant is ``per_token`` on a
             model whose column factors were folded into its weights.
         divisor: scale = row maximum / divisor. None means (2^bits - 1) / 2, that is 127.5 and
             7.5, which compressed-tensors uses (codes -128..127); vLLM's INT8 kernels use 127.

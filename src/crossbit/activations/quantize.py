@@ -1,12 +1,13 @@
 """Activation quantization: per token, per tensor, CrossQuant. Pure functions, float32 inside.
 
 Rows are tokens, columns are channels; ``t_i`` is a row's absolute maximum, ``c_j`` a column's.
-The step of element (i, j) is t_i / d per token, and t_i^alpha c_j^(1-alpha) / d for CrossQuant
-(arXiv 2410.07505), d being the grid's divisor.
+The step of element (i, j) is t_i / d per token, k t_i / d with a clip factor k, and
+t_i^alpha c_j^(1-alpha) / d for CrossQuant (arXiv 2410.07505), d being the grid's divisor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from crossbit.grid import round_ste
 
 # A row or column of zeros: any positive step gives codes of 0. Smallest normal float32.
 TINY = torch.finfo(torch.float32).tiny
+MIN_CLIP = 0.05  # a clip factor that training drives below it would round nearly all to 0
 _CHUNK_ELEMENTS = 1 << 18  # float32 working set of a chunk stays inside a core's L2 cache
+# Half a step beyond the last code is where clipping begins, and where a row's maximum lies with
+# the factor 1 and the usual divisor, to within the last bits of x / step.
+_EDGE = 1e-6
 
 
 def row_scale(x: Tensor, grid: ActivationGrid) -> Tensor:
@@ -74,18 +79,29 @@ def rescaled_step(x: Tensor, columns: Tensor, grid: ActivationGrid) -> Tensor:
     return (row_scale(x / factor, grid) * factor).clamp_(TINY, torch.finfo(torch.float32).max)
 
 
-def per_token_codes(x: Tensor, grid: ActivationGrid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def clipped_scale(x: Tensor, grid: ActivationGrid, clip: Tensor | float) -> Tensor:
+    """Step [..., 1] float32 of x [..., K] where the row maximum is ``clip`` times what it is."""
+    return (row_scale(x, grid) * clip).clamp(min=TINY)
+
+
+def per_token_codes(
+    x: Tensor, grid: ActivationGrid, dtype: torch.dtype, clip: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Codes [T, K] in ``dtype`` and steps [T, 1] float32 of x [T, K], chunked to stay in cache."""
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    scale = row_scale(x, grid)
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
+    scale = clipped_scale(x, grid, clip)
+    for part in _row_parts(rows, columns):
         values = x[part].float() if x.dtype != torch.float32 else x[part].clone()
         values.div_(scale[part]).round_().clamp_(grid.qmin, grid.qmax)
         codes[part].copy_(values)
     return codes, scale
+
+
+def _row_parts(rows: int, columns: int) -> Iterator[slice]:
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, chunk):
+        yield slice(start, start + chunk)
 
 
 class _PerTokenSte(torch.autograd.Function):
@@ -112,12 +128,63 @@ def per_token_ste(x: Tensor, grid: ActivationGrid) -> Tensor:
     return found
 
 
+class _ClippedSte(torch.autograd.Function):
+    """Quantize-dequantize with a clip factor, differentiable in x and in the factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: ActivationGrid) -> Tensor:
+        """The values of ``fake_quantize_activation``, in the dtype of x."""
+        flat = x.reshape(-1, x.shape[-1])
+        codes, scale = per_token_codes(flat, grid, torch.float32, clip)
+        ctx.save_for_backward(x, clip, scale)
+        ctx.grid = grid
+        return codes.mul_(scale).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients for x and, in float64 sums, for the factor; see ``per_token_clip_ste``."""
+        x, clip, scale = ctx.saved_tensors
+        grid: ActivationGrid = ctx.grid
+        for_x, for_clip = ctx.needs_input_grad[:2]
+        flat, incoming = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, x.shape[-1])
+        low, high = grid.qmin - 0.5, grid.qmax + 0.5
+        found = torch.empty_like(incoming) if for_x else None
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for part in _row_parts(*flat.shape):
+            step, g = scale[part], incoming[part].float()
+            ratio = flat[part].float() / step
+            if found is not None:
+                kept = (ratio >= low * (1 + _EDGE)) & (ratio <= high * (1 + _EDGE))
+                found[part] = g * kept
+            if for_clip:
+                inside = (ratio > low * (1 - _EDGE)) & (ratio < high * (1 - _EDGE))
+                codes = ratio.round().clamp_(grid.qmin, grid.qmax)
+                slope = codes.sub_(ratio.mul_(inside)).mul_(g).sum(-1, keepdim=True)
+                total += (slope * step).sum(dtype=torch.float64)
+        wanted = (total / clip.double()).to(clip.dtype).reshape(clip.shape) if for_clip else None
+        return None if found is None else found.view(x.shape), wanted, None
+
+
+def per_token_clip_ste(x: Tensor, clip: Tensor, grid: ActivationGrid) -> Tensor:
+    """``per_token_clip`` of x [..., T, K] for training; ``clip`` is its factor, a scalar.
+
+    Gradients as in LSQ (arXiv 1902.08153), with a step that is the factor times something given:
+    x gets that of the identity where it is not clipped, the factor sum g (code - x / step) step /
+    clip over the elements, without the x / step where they are clipped. The row maximum at a
+    factor of 1 is half a step beyond the last code: x is not clipped there yet, while for the
+    factor, which can only become smaller, it is.
+    """
+    found: Tensor = _ClippedSte.apply(x, clip, grid)  # type: ignore[no-untyped-call]
+    return found
+
+
 def fake_quantize_activation(
     x: Tensor,
     grid: ActivationGrid,
     *,
     static_scale: Tensor | None = None,
     columns: Tensor | None = None,
+    clip: Tensor | float | None = None,
 ) -> Tensor:
     """Quantize and dequantize x [..., T, K]; differentiable (straight-through).
 
@@ -126,10 +193,13 @@ def fake_quantize_activation(
         grid: bits, kind, alpha, divisor.
         static_scale: calibrated step (scalar), for ``per_tensor_static``.
         columns: calibrated c_j [K], for the static CrossQuant kinds.
+        clip: factor of the row maximum (scalar), for ``per_token_clip``; None is 1.
     """
     values = x.float()
     if grid.kind == "per_token":
         step = row_scale(values.detach(), grid)
+    elif grid.kind == "per_token_clip":
+        step = clipped_scale(values.detach(), grid, 1.0 if clip is None else clip)
     elif grid.kind == "per_tensor_static":
         assert static_scale is not None
         step = static_scale.float()

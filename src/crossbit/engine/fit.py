@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from crossbit.engine.trained import TrainedBlock, TrainedLinear, layers_of, materialised
+from crossbit.activations.quantize import MIN_CLIP
+from crossbit.engine.trained import (
+    TrainedBlock,
+    TrainedLinear,
+    clips_of,
+    layers_of,
+    materialised,
+)
 from crossbit.recipe import Training
 from crossbit.solvers.rounding import limit, pull_back
 
@@ -21,6 +29,8 @@ ANNEAL_FROM = 0.2  # share of the steps before the regulariser of mode "sigmoid"
 Read = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 # output, targets -> scalar
 Loss = Callable[[Tensor, list[Tensor]], Tensor]
+# blocks whose gradients are there: one step of what is trained in them
+Update = Callable[[Sequence[TrainedBlock]], None]
 
 
 @dataclass(frozen=True)
@@ -105,10 +115,13 @@ class Keeper(Protocol):
 
 
 class Optimiser:
-    """Adam over the parameters of every layer that is trained, a layer at a time."""
+    """Adam over the parameters of every layer that is trained, a layer at a time.
+
+    After them, the clip factors of their inputs: each is an entry of its own.
+    """
 
     def __init__(self, task: Task) -> None:
-        self._rates = {"step": task.settings.step}
+        self._rates = {"step": task.settings.step, "clip": task.settings.clip}
         self._default = task.settings.rounding
         self.each: dict[str, torch.optim.AdamW] = {}
         self.keys: dict[str, list[str]] = {}
@@ -116,11 +129,20 @@ class Optimiser:
             if layer.frozen:
                 continue
             keys = [k for k in layer.state.parameters if k != "step" or task.steps[name]]
-            groups = [{"params": [layer.state.parameters[k]]} for k in keys]
-            self.keys[name] = keys
-            self.each[name] = torch.optim.AdamW(
-                groups, betas=task.settings.betas, eps=1e-16, weight_decay=0.0, fused=True
-            )
+            self._add(name, {k: layer.state.parameters[k] for k in keys}, task.settings)
+        if task.settings.clip:
+            for name, clip in clips_of(task.blocks, trained=True).items():
+                self._add(name, {"clip": clip}, task.settings)
+
+    def _add(self, name: str, parameters: dict[str, Tensor], settings: Training) -> None:
+        self.keys[name] = list(parameters)
+        self.each[name] = torch.optim.AdamW(
+            [{"params": [parameter]} for parameter in parameters.values()],
+            betas=settings.betas,
+            eps=1e-16,
+            weight_decay=0.0,
+            fused=True,
+        )
 
     def update(
         self, name: str, layer: TrainedLinear, gradients: dict[str, Tensor], factor: float
@@ -134,6 +156,15 @@ class Optimiser:
         for parameter in parameters.values():
             parameter.grad = None
         limit(layer.state)
+
+    def update_clip(self, name: str, clip: Tensor, factor: float) -> None:
+        """One step of a clip factor, whose gradient is where autograd put it."""
+        clip.requires_grad_(False)
+        optimiser = self.each[name]
+        optimiser.param_groups[0]["lr"] = factor * self._rates["clip"]
+        optimiser.step()
+        clip.grad = None
+        clip.clamp_(MIN_CLIP, 1.0)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Everything it remembers, named; the tensors are its own."""
@@ -249,7 +280,7 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
     regulariser = settings.regulariser if share >= ANNEAL_FROM else 0.0
     batch = _batch(task, progress.done)
 
-    def update(name: str, layer: TrainedLinear) -> None:
+    def update_layer(name: str, layer: TrainedLinear) -> None:
         assert layer.weight is not None
         if layer.weight.grad is None:
             return  # frozen, or an expert that no token of the batch reached
@@ -257,13 +288,20 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
         layer.weight = None
         optimiser.update(name, layer, gradients, factor)
 
+    def update(blocks: Sequence[TrainedBlock]) -> None:
+        for name, layer in layers_of(blocks):
+            update_layer(name, layer)
+        for name, clip in clips_of(blocks, trained=True).items():
+            if clip.grad is not None:
+                optimiser.update_clip(name, clip, factor)
+
     return (_through_inputs if task.checkpointed else _at_once)(task, batch, update)
 
 
-def _at_once(task: Task, batch: Tensor, update: Callable[[str, TrainedLinear], None]) -> float:
+def _at_once(task: Task, batch: Tensor, update: Update) -> float:
     """The batch's loss; ``update`` is called with the gradient at each layer's weight."""
     value = 0.0
-    with materialised(task.blocks, task.dtype, grad=True):
+    with _leaves(task, task.blocks):
         for part in _parts(task, batch):
             with torch.enable_grad():
                 loss = _loss(task, part) * (part.numel() / batch.numel())
@@ -271,14 +309,15 @@ def _at_once(task: Task, batch: Tensor, update: Callable[[str, TrainedLinear], N
                     loss.backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach())
         if math.isfinite(value):
-            for name, layer in layers_of(task.blocks):
-                update(name, layer)
+            update(task.blocks)
     return value
 
 
-def _through_inputs(
-    task: Task, batch: Tensor, update: Callable[[str, TrainedLinear], None]
-) -> float:
+def _leaves(task: Task, blocks: Sequence[TrainedBlock]) -> AbstractContextManager[None]:
+    return materialised(blocks, task.dtype, grad=True, clips=task.settings.clip > 0)
+
+
+def _through_inputs(task: Task, batch: Tensor, update: Update) -> float:
     """The same, with one block's weights and intermediates at a time."""
     parts = _parts(task, batch)
     read = [task.read(part) for part in parts]
@@ -298,14 +337,13 @@ def _through_inputs(
     if not math.isfinite(value):
         return value
     for block in reversed(task.blocks):
-        with materialised([block], task.dtype, grad=True):
+        with _leaves(task, [block]):
             for number, x in enumerate(states.pop()):
                 with torch.enable_grad():
                     entered = x.requires_grad_()
                     block.run(entered).backward(gradients[number])  # type: ignore[no-untyped-call]
                 gradients[number] = entered.grad
-            for name, layer in layers_of([block]):
-                update(name, layer)
+            update([block])
     return value
 
 

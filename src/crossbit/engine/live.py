@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossbit.engine.job import Job
 from crossbit.engine.opening import OpenBlock
-from crossbit.engine.trained import TrainedBlock, layers_of, with_states
+from crossbit.engine.trained import TrainedBlock, clips_of, layers_of, with_states
 from crossbit.grid import QTensor
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.solvers.rounding import Rounding, RoundingChoice
@@ -20,9 +20,12 @@ from crossbit.solvers.rounding import Rounding, RoundingChoice
 def parameters_of(blocks: Sequence[TrainedBlock]) -> dict[str, Tensor]:
     """What is trained, by unique name; the tensors are those in use."""
     return {
-        f"{name}/{key}": parameter
-        for name, layer in layers_of(blocks)
-        for key, parameter in layer.state.parameters.items()
+        **{
+            f"{name}/{key}": parameter
+            for name, layer in layers_of(blocks)
+            for key, parameter in layer.state.parameters.items()
+        },
+        **clips_of(blocks),
     }
 
 
@@ -78,7 +81,11 @@ def _block(
         assert weight is not None
         qtensor = QTensor(codes, scale, get("zero"), layer.weights)
         layers[name] = QuantizedLayer(
-            qtensor, layer.activations, get("static_scale"), get("columns")
+            qtensor,
+            layer.activations,
+            get("static_scale"),
+            get("columns"),
+            tensors.get(f"parameter/clips/{index}/{name}"),
         )
         choice = RoundingChoice(**known[f"{index}/{name}"]["choice"])
         prefix = f"parameter/{index}/{name}/"

@@ -193,7 +193,9 @@ def _layers(
     for name, result in solved.items():
         layer = plan.layers[name]
         grid, config = layer.activations, layer.activation_config
-        scale = columns = None
+        scale = columns = clip = None
+        if grid is not None and grid.kind == "per_token_clip":
+            clip = torch.ones(())  # training starts where nothing is clipped
         if grid is not None and config is not None and name in by_layer:
             state = by_layer[name]
             if grid.kind == "per_tensor_static":
@@ -202,7 +204,7 @@ def _layers(
                 scale = scale.to(layer.weights.scale_dtype).float()
             elif grid.kind in ("cross_static", "cross_static_clip"):
                 columns = state.column_maximum(skip_massive=config.skip_massive)
-        layers[name] = QuantizedLayer(result.qtensor, grid, scale, columns)
+        layers[name] = QuantizedLayer(result.qtensor, grid, scale, columns, clip)
     return layers
 
 

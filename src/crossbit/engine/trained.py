@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossbit.activations.grid import ActivationGrid
-from crossbit.activations.quantize import fake_quantize_activation, per_token_ste
+from crossbit.activations.quantize import (
+    fake_quantize_activation,
+    per_token_clip_ste,
+    per_token_ste,
+)
 from crossbit.engine.opening import OpenBlock
 from crossbit.engine.plan import BlockPlan
 from crossbit.grid import QTensor
@@ -39,6 +43,8 @@ class TrainedLinear(nn.Module):
         first: the integers before training.
         frozen: nothing of it is trained.
         begun: some window has trained it.
+        clip: factor of the input's row maxima (scalar float32), for ``per_token_clip``; one tensor
+            for all layers that read the same input. No buffer: the module's dtype is not its own.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class TrainedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_buffer("static_scale", layer.static_scale, persistent=False)
         self.register_buffer("columns", layer.columns, persistent=False)
+        self.clip = layer.clip
         self._shared = shared
 
     static_scale: Tensor | None
@@ -70,7 +77,14 @@ class TrainedLinear(nn.Module):
         """[..., K] -> [..., N] in the dtype of x."""
         assert self.weight is not None, "not materialised"
         if self.activations is not None:
-            tag = (self.activations, id(self.static_scale), id(self.columns))
+            # What was computed without gradients has none to give where they are wanted.
+            tag = (
+                self.activations,
+                id(self.static_scale),
+                id(self.columns),
+                None if self.clip is None else (id(self.clip), self.clip._version),
+                torch.is_grad_enabled(),
+            )
             x = self._shared.get(x, tag, lambda: self._input(x))
         return F.linear(x, self.weight, self.bias)
 
@@ -78,13 +92,18 @@ class TrainedLinear(nn.Module):
         assert self.activations is not None
         if self.activations.kind == "per_token":
             return per_token_ste(x, self.activations)
+        if self.clip is not None:
+            return per_token_clip_ste(x, self.clip, self.activations)
         return fake_quantize_activation(
             x, self.activations, static_scale=self.static_scale, columns=self.columns
         )
 
     def hardened(self) -> QuantizedLayer:
         """The layer as it would be written now."""
-        return QuantizedLayer(harden(self.state), self.activations, self.static_scale, self.columns)
+        clip = None if self.clip is None else self.clip.detach().clone()
+        return QuantizedLayer(
+            harden(self.state), self.activations, self.static_scale, self.columns, clip
+        )
 
     @property
     def undecided(self) -> bool:
@@ -95,6 +114,8 @@ class TrainedLinear(nn.Module):
         """Back to the integers before training, from where nothing moves it."""
         self.state = start_rounding(self.first.dequantize(), self.first, RoundingChoice())
         self.frozen = True
+        if self.clip is not None:
+            self.clip.fill_(1.0)
 
 
 @dataclass
@@ -179,9 +200,10 @@ def with_states(
     for group in plan.structure.groups:
         memory = SharedInput(differentiable=True)
         shared.update({name: memory for name in group.consumers if name in states})
+    clips = _shared_clips(opened, plan, states)
     layers = {}
     for name, state in states.items():
-        layer = opened.layers[name]
+        layer = replace(opened.layers[name], clip=clips.get(name))
         bias = getattr(module.get_submodule(name), "bias", None)
         layers[name] = TrainedLinear(
             state,
@@ -198,11 +220,50 @@ def with_states(
     return TrainedBlock(index, module, layers, kwargs, opened.record)
 
 
+def _shared_clips(opened: OpenBlock, plan: BlockPlan, names: Iterable[str]) -> dict[str, Tensor]:
+    """The factor of each layer whose input has one: one tensor for the layers of a group.
+
+    Its value is that of any of them which knows it (a state holds each factor once).
+    """
+    own = {
+        name
+        for name in names
+        for grid in [opened.layers[name].activations]
+        if grid is not None and grid.kind == "per_token_clip"
+    }
+    groups = [own & set(group.consumers) for group in plan.structure.groups]
+    groups += [{name} for name in own if not any(name in group for group in groups)]
+    clips = {}
+    for group in groups:
+        known = [clip for n in group if (clip := opened.layers[n].clip) is not None]
+        clip = known[0].detach().float().clone() if known else torch.ones(())
+        clips.update(dict.fromkeys(group, clip))
+    return clips
+
+
 def layers_of(blocks: Iterable[TrainedBlock]) -> Iterator[tuple[str, TrainedLinear]]:
     """All layers with names that are unique over the blocks."""
     for block in blocks:
         for name, layer in block.layers.items():
             yield f"{block.index}/{name}", layer
+
+
+def clips_of(blocks: Iterable[TrainedBlock], *, trained: bool = False) -> dict[str, Tensor]:
+    """The factors of layer inputs, each once, by a name that is unique over the blocks.
+
+    With ``trained``, those of inputs that some layer in training reads.
+    """
+    found = {}
+    for block in blocks:
+        names: dict[int, str] = {}  # a factor is called after the first of its layers
+        for name in sorted(block.layers):
+            layer = block.layers[name]
+            if layer.clip is None:
+                continue
+            first = names.setdefault(id(layer.clip), name)
+            if not (trained and layer.frozen):
+                found[f"clips/{block.index}/{first}"] = layer.clip
+    return found
 
 
 @contextmanager
@@ -213,9 +274,11 @@ def materialised(
     hard: bool = False,
     first: bool = False,
     grad: bool = False,
+    clips: bool = False,
 ) -> Iterator[None]:
     """Weights in place: ``hard`` as they would be stored, with ``grad`` as leaves of autograd.
 
+    With ``clips`` the factors of inputs are leaves too.
     With ``first``, undecided layers have the weights that they would have without training.
     """
     blocks = list(blocks)
@@ -228,7 +291,11 @@ def materialised(
             else:
                 weight = fake_weight(layer.state, dtype)
             layer.weight = weight.requires_grad_(grad and not layer.frozen)
+        for clip in clips_of(blocks, trained=True).values() if clips else ():
+            clip.requires_grad_()
         yield
     finally:
         for _, layer in layers_of(blocks):
             layer.weight = None
+        for clip in clips_of(blocks).values():
+            clip.requires_grad_(False).grad = None

@@ -390,6 +390,8 @@ def _layer(
     activations = plan.activations
     if activations is not None and activations.kind in ("cross_static", "cross_static_clip"):
         stored, tensors = stored + 4 * columns, tensors + 1
+    if activations is not None and activations.kind == "per_token_clip":
+        stored, tensors = stored + 4, tensors + 1
     grid = plan.weights
     integer = (
         activations is not None

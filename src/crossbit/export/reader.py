@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossbit.errors import InputError
-from crossbit.export.research import COLUMNS, activation_grids, model_config
+from crossbit.export.research import CLIP, COLUMNS, activation_grids, model_config
 from crossbit.export.scheme import INT, PACKED, QuantScheme, Role, scheme_from_config
 from crossbit.export.targets import EMBEDDING, LINEAR, resolve
 from crossbit.grid import QTensor
@@ -118,7 +118,24 @@ class QuantizedCheckpoint:
             static_scale=(
                 self.stored.tensor(static).float().reshape(()) if static in self.stored else None
             ),
+            clip=self._clip(name),
         )
+
+    def _clip(self, name: str) -> Tensor | None:
+        """The clip factor of a module's input, if it has one."""
+        if not self._clips(name):
+            return None
+        clip = self.stored.tensor(f"{name}.{CLIP}").float().reshape(())
+        if not 0.0 < float(clip) <= 1.0:
+            raise InputError(
+                f"{self.folder}: {name}.{CLIP} is {float(clip):g}, outside (0, 1]; the file is "
+                "damaged"
+            )
+        return clip
+
+    def _clips(self, name: str) -> bool:
+        grid = self._research.get(name)
+        return grid is not None and grid.kind == "per_token_clip"
 
     def _qtensor(self, name: str, entry: _Entry) -> QTensor:
         grid, (rows, columns) = entry.scheme.weights, entry.shape
@@ -265,6 +282,10 @@ class QuantizedCheckpoint:
             self._expect(f"{name}.input_scale", (1,))
         elif f"{name}.input_scale" in self.stored:
             raise InputError(f"{self.folder}: {name}.input_scale contradicts the config")
+        if self._clips(name):
+            self._expect(f"{name}.{CLIP}", (1,))
+        elif f"{name}.{CLIP}" in self.stored:
+            raise InputError(f"{self.folder}: {name}.{CLIP} contradicts the config")
 
     def _expect(self, stored: str, shape: tuple[int, ...]) -> None:
         if stored not in self.stored:

@@ -18,6 +18,7 @@ from crossbit.models.validate import read_config
 
 MODEL_TYPE = "crossbit"
 COLUMNS = "input_columns"  # calibrated column maxima, float32 [K]
+CLIP = "input_clip"  # factor of the row maximum, float32 [1]
 
 
 def wrap(config: dict[str, Any], activations: dict[str, ActivationGrid]) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def grid_words(grid: Result) -> str | None:
 
 _ACTIVATIONS = {
     "per_token": "one dynamic scale a token",
+    "per_token_clip": "one dynamic scale a token, times a learned clip factor, in simulation",
     "per_tensor_static": "one calibrated scale a tensor",
     "cross_folded": "CrossQuant, column factors folded into the weights; one dynamic scale a token",
     "cross_dynamic": "CrossQuant with the current window's column maxima: sees later tokens",

@@ -16,12 +16,22 @@ from crossbit.runtime.linear import Execution, QuantLinear, SharedInput
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """Everything that executing one quantized linear layer needs (its bias stays in the block)."""
+    """Everything that executing one quantized linear layer needs (its bias stays in the block).
+
+    Attributes:
+        qtensor: the integer weight.
+        activations: grid of the input, None for floating point.
+        static_scale: step of the input (scalar), for ``per_tensor_static``.
+        columns: calibrated column maxima [K], for the static CrossQuant kinds.
+        clip: factor of the input's row maxima (scalar float32), for ``per_token_clip``; layers that
+            read the same input have the same.
+    """
 
     qtensor: QTensor
     activations: ActivationGrid | None
     static_scale: Tensor | None = None
     columns: Tensor | None = None
+    clip: Tensor | None = None
 
 
 def install(
@@ -52,6 +62,7 @@ def install(
             shared=shared[name],
             static_scale=layer.static_scale,
             columns=layer.columns,
+            clip=None if layer.clip is None else float(layer.clip),
         )
         parent, _, child = name.rpartition(".")
         setattr(block.get_submodule(parent), child, replacement.to(device))

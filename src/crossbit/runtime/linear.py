@@ -80,6 +80,8 @@ class QuantLinear(nn.Module):
         shared: the memory shared by the layers that read the same input.
         static_scale: scalar step for ``per_tensor_static``.
         columns: calibrated column maxima [K] for the static CrossQuant kinds.
+        clip: factor of the row maximum for ``per_token_clip``; a number, so that no cast of the
+            module changes it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class QuantLinear(nn.Module):
         shared: SharedInput | None = None,
         static_scale: Tensor | None = None,
         columns: Tensor | None = None,
+        clip: float | None = None,
     ) -> None:
         super().__init__()
         possible = integer_path(qtensor, activations)
@@ -102,6 +105,7 @@ class QuantLinear(nn.Module):
             raise ValueError("no integer path: needs per-token inputs and channel scales")
         self.activations = activations
         self.execution = execution
+        self.clip = clip
         self.out_features, self.in_features = qtensor.codes.shape
         self.grid = qtensor.grid
         self._shared = shared or SharedInput()
@@ -133,7 +137,7 @@ class QuantLinear(nn.Module):
             return self._integer(x)
         if self.activations is None:
             return F.linear(x, self.weight, self.bias)
-        tag = (self.activations, "fake", id(self.static_scale), id(self.columns))
+        tag = (self.activations, "fake", id(self.static_scale), id(self.columns), self.clip)
         quantized = self._shared.get(x, tag, lambda: self._fake_input(x))
         return F.linear(quantized, self.weight, self.bias)
 
@@ -145,7 +149,11 @@ class QuantLinear(nn.Module):
             )
             return codes.mul_(scale).to(x.dtype).view(x.shape)
         return fake_quantize_activation(
-            x, self.activations, static_scale=self.static_scale, columns=self.columns
+            x,
+            self.activations,
+            static_scale=self.static_scale,
+            columns=self.columns,
+            clip=self.clip,
         )
 
     def _integer(self, x: Tensor) -> Tensor:
