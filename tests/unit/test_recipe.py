@@ -94,6 +94,8 @@ def test_presets_do_what_their_names_say(name: str) -> None:
     else:
         assert not recipe.trains
     signed = recipe.weights.symmetric and recipe.weights.bits <= 4 and "paper" not in parts
+    # Kernels that multiply 4-bit weights with 8-bit inputs read group scales as unsigned.
+    signed &= not (recipe.weights.group == 64 and "w4a8" in parts)
     assert recipe.weights.grid(64).signed == signed
     if parts[0] == "rtn":
         assert isinstance(recipe.solver, Rtn)
