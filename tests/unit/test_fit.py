@@ -105,6 +105,7 @@ class Memory:
     blocks: Sequence[TrainedBlock]
     stop: int | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
     ticks: int = 0
     loads: int = 0
     saved: tuple[Progress, dict[str, Tensor], dict[str, Tensor]] | None = None
@@ -115,6 +116,12 @@ class Memory:
     def load_best(self) -> None:
         self.loads += 1
         restore(self.blocks, self.best)
+
+    def save_start(self) -> None:
+        self.start = snapshot(self.blocks)
+
+    def load_start(self) -> None:
+        restore(self.blocks, self.start)
 
     def tick(self, progress: Progress, optimiser: Optimiser) -> None:
         self.ticks += 1
@@ -333,6 +340,16 @@ def test_bad_losses_without_end_keep_the_first_integers(base: Any) -> None:
     assert all(layer.frozen == (base == "zero") for _, layer in layers_of(blocks))
 
 
+def test_what_had_begun_goes_back_to_its_start_where_nothing_helps() -> None:
+    blocks = [make_blocks()[0], make_blocks(RoundingChoice(base="zero"))[1]]
+    start = snapshot(blocks[:1])
+    settings = Training(epochs=2, batch=4, rounding=50.0)
+    found = fit(make_task(blocks, settings), Memory(blocks), None, {})
+    assert "did not help" in found.events[-1]
+    assert all(torch.equal(p, start[n]) for n, p in parameters_of(blocks[:1]).items())
+    assert held_out(make_task(blocks)) == found.best
+
+
 def test_a_rate_that_is_too_high_is_given_up() -> None:
     blocks = make_blocks()
     settings = Training(epochs=3, batch=2, step=5.0, schedule="constant", retries=1)
@@ -424,7 +441,7 @@ def test_an_interrupted_training_ends_in_the_same_bytes(
         known, optimiser, parameters = killed.saved
         blocks = make_blocks(choice)
         restore(blocks, parameters)
-        again = Memory(blocks, best=killed.best)
+        again = Memory(blocks, best=killed.best, start=killed.start)
         assert fit(make_task(blocks, settings), again, known, optimiser) == progress
         assert equal(list(snapshot(blocks).values()), list(snapshot(whole).values()))
 

@@ -110,6 +110,12 @@ class Keeper(Protocol):
     def load_best(self) -> None:
         """Make the parameters what was remembered last."""
 
+    def save_start(self) -> None:
+        """Remember the parameters that a window with undecided layers begins with."""
+
+    def load_start(self) -> None:
+        """Make the parameters those."""
+
     def tick(self, progress: Progress, optimiser: Optimiser) -> None:
         """Called after every step: time to save what resuming needs, or to show something."""
 
@@ -221,6 +227,7 @@ def fit(
         keeper.save_best()
         progress.best = progress.before = held_out(task)
         if undecided:
+            keeper.save_start()
             progress.before = held_out(task, first=True)
     else:
         optimiser.load(saved)
@@ -243,6 +250,9 @@ def fit(
         keeper.tick(progress, optimiser)
     keeper.load_best()
     if not progress.best < progress.before:
+        if undecided:
+            # What was judged is the first integers beside the other layers' start.
+            keeper.load_start()
         for layer in undecided:
             layer.forget()
         progress.best = progress.before

@@ -24,7 +24,7 @@ from crossbit.windows import Window
 
 SAVE_SECONDS = 60.0  # between two states of a window in training that a killed run goes on from
 SAVE_SHARE = 20  # and at least so many times as long as saving takes
-_BEST, _TRAINING = ("best-0", "best-1"), "training"
+_BEST, _START, _TRAINING = ("best-0", "best-1"), "start", "training"
 
 
 @dataclass
@@ -246,9 +246,20 @@ class StateKeeper:
     def load_best(self) -> None:
         """Make the parameters what was remembered last, in place."""
         assert self._best is not None
-        tensors, _ = self._work.load_state(self._best)
-        for name, parameter in parameters_of(self._blocks).items():
-            parameter.copy_(tensors[name])
+        self._load(self._best)
+
+    def save_start(self) -> None:
+        """Remember the parameters that a window with undecided layers begins with."""
+        self._work.save_state(_START, parameters_of(self._blocks), {})
+
+    def load_start(self) -> None:
+        """Make the parameters those, in place."""
+        self._load(_START)
+
+    def _load(self, name: str) -> None:
+        tensors, _ = self._work.load_state(name)
+        for key, parameter in parameters_of(self._blocks).items():
+            parameter.copy_(tensors[key])
 
     def tick(self, progress: Progress, optimiser: Optimiser) -> None:
         """Save now and then; show how it goes."""
@@ -298,5 +309,5 @@ def interrupted_training(work: WorkDir, window: Window) -> tuple[dict[str, Tenso
 
 def forget_training(work: WorkDir) -> None:
     """Drop what ``interrupted_training`` finds, then what it needs: the window is done."""
-    for name in (_TRAINING, *_BEST):
+    for name in (_TRAINING, _START, *_BEST):
         work.drop(name)

@@ -11,6 +11,7 @@ and, where rounding is trained (``engine.loop`` says what follows what)
     teacher-00009.safetensors activations that enter block 9, the first that is not open yet, in the
                              original model
     window-00003.safetensors the open blocks when window 3 begins
+    start.safetensors        where it began, if some layer has no sensible rounding yet
     training.safetensors     window, optimiser and progress of a training in work
     best-0.safetensors       its best parameters so far, or those before them (and best-1)
     trained-00002.json       how the training of window 2 went
