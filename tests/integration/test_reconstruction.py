@@ -75,6 +75,12 @@ class Memory:
         for name, parameter in parameters_of(self.blocks).items():
             parameter.copy_(self.best[name])
 
+    def save_start(self) -> None:
+        """No layer is undecided here."""
+
+    def load_start(self) -> None:
+        """No layer is undecided here."""
+
     def tick(self, *_: Any) -> None:
         pass
 
