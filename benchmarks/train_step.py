@@ -45,7 +45,8 @@ class Window:
         checkpoint = Checkpoint(folder)
         self.shell = Shell(open_config(folder))
         self.shell.load_outside(checkpoint, self.dtype)
-        recipe = Recipe.load("cbq-w4a16", settings)
+        batch = f"training.batch={SEQUENCES}"
+        recipe = Recipe.load("cbq-w4a16", (*settings, batch))
         plan = make_plan(self.shell.structure, recipe, self.shell.config.hidden_size)
         ids = torch.randint(
             0, 1000, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0)
