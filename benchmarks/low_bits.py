@@ -274,7 +274,8 @@ def main() -> None:
             about = {"setting": name, "method": method}
             row = once(
                 f"low-bits-{name}-{method}",
-                f"{command} --only {name} --methods {method}",
+                f"{command} --only {name} --methods {method} --samples {args.samples} "
+                f"--length {args.length} --windows {args.windows}",
                 partial(measured, args, about, job, ids, original),
             )
             loss = row.get("failed") or f"{row['perplexity']:.3f}, loss {100 * row['loss']:+.2f} %"
