@@ -30,32 +30,38 @@ Json = Annotated[Path | None, typer.Option("--json", help="write the result as J
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+RecipeOption = Annotated[str, typer.Option(help="preset name or YAML file")]
+Calibration = Annotated[str | None, typer.Option(help="text name or file")]
+Samples = Annotated[int | None, typer.Option(help="calibration sequences")]
+Length = Annotated[int | None, typer.Option(help="tokens of each")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, changes the recipe; repeatable")
+]
+Work = Annotated[Path | None, typer.Option(help="work folder")]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="accept a model that is quantized already")
+]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="accept .bin/.pt checkpoints")]
 
 
 @app.command()
 def quantize(
     model: ModelArg,
-    recipe: Annotated[str, typer.Option(help="preset name or YAML file")] = "crossquant-w8a8",
+    recipe: RecipeOption = "crossquant-w8a8",
     out: Annotated[Path, typer.Option(help="folder to write")] = Path("out"),
-    calibration: Annotated[str | None, typer.Option(help="text name or file")] = None,
-    samples: Annotated[int | None, typer.Option(help="calibration sequences")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens of each")] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
     seed: Annotated[int | None, typer.Option(help="of the calibration windows")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, changes the recipe; repeatable")
-    ] = None,
+    set_: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a killed run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the folder")] = False,
-    work: Annotated[Path | None, typer.Option(help="work folder")] = None,
+    work: Work = None,
     revision: Revision = None,
     dtype: DtypeOption = None,
     device: Device = "cpu",
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="accept a model that is quantized already")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="accept .bin/.pt checkpoints")
-    ] = False,
+    dequantize: Dequantize = False,
+    allow_pickle: AllowPickle = False,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="start even if memory or disk seem too small")
     ] = False,
@@ -92,23 +98,17 @@ def quantize(
 @app.command()
 def plan(
     model: ModelArg,
-    recipe: Annotated[str, typer.Option(help="preset name or YAML file")] = "crossquant-w8a8",
+    recipe: RecipeOption = "crossquant-w8a8",
     out: Annotated[Path, typer.Option(help="folder that quantize would write")] = Path("out"),
-    calibration: Annotated[str | None, typer.Option(help="text name or file")] = None,
-    samples: Annotated[int | None, typer.Option(help="calibration sequences")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens of each")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, changes the recipe; repeatable")
-    ] = None,
-    work: Annotated[Path | None, typer.Option(help="work folder")] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    set_: Settings = None,
+    work: Work = None,
     revision: Revision = None,
     dtype: DtypeOption = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="accept a model that is quantized already")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="accept .bin/.pt checkpoints")
-    ] = False,
+    dequantize: Dequantize = False,
+    allow_pickle: AllowPickle = False,
     json_: Json = None,
 ) -> None:
     """Memory, disk and time that quantize would need with the same options."""
@@ -182,7 +182,7 @@ def evaluate(
 @app.command()
 def analyze(
     model: ModelArg,
-    calibration: Annotated[str | None, typer.Option(help="text name or file")] = None,
+    calibration: Calibration = None,
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 16,
     length: Annotated[int, typer.Option(help="tokens of each")] = 1024,
     seed: Annotated[int, typer.Option(help="of the calibration windows")] = 0,

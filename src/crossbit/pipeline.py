@@ -341,7 +341,7 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
         partial(round_embedding, shell, prepared.plan),
     )
     run_blocks(job, directory, reporter)
-    if not directory.has_part("outside"):
+    if not directory.has("outside"):
         # Last, for GPTQ's sake: the head is solved for what leaves the quantized blocks.
         hessian = head_hessian(job, directory)
         solver = first_solver(prepared.recipe.solver)

@@ -469,7 +469,7 @@ def test_a_state_on_disk_keeps_the_best_parameters_of_its_moment(tmp_path: Path)
         return float(offset[0, 0])
 
     def saved() -> bool:
-        return work.has_state(_TRAINING)
+        return work.has(_TRAINING)
 
     running = keeper()
     become(1.0, running)

@@ -209,7 +209,7 @@ def test_blocks_and_row_chunks_do_not_change_the_result(
     grid = Grid(4, False, "group", 16) if strategy == "group" else Grid(4, False, strategy)  # type: ignore[arg-type]
     whole = gptq(weight, hessian, grid, act_order=act_order, block_size=64)
     columns = gptq(weight, hessian, grid, act_order=act_order, block_size=5)
-    monkeypatch.setattr("crossbit.solvers.gptq._ROWS", 5)
+    monkeypatch.setattr("crossbit.solvers.gptq.ROWS", 5)
     chunks = gptq(weight, hessian, grid, act_order=act_order, block_size=64)
     for other in (columns, chunks):
         assert float((whole.qtensor.codes == other.qtensor.codes).float().mean()) > 0.99

@@ -34,9 +34,9 @@ def test_work_is_found_again(tmp_path: Path) -> None:
     assert [n for n, _ in again.tensors("outside")] == ["same", "tied"]
     with pytest.raises(InputError, match="another model"):
         again.begin({"model": "b"}, resume=True)
-    assert again.has_part(part_name(0))
+    assert again.has(part_name(0))
     again.begin({"model": "b"}, resume=False)
-    assert not again.has_part(part_name(0))
+    assert not again.has(part_name(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -128,7 +128,7 @@ def test_a_state_is_whole_or_damaged(tmp_path: Path) -> None:
             assert again[1] == record
             assert all(torch.equal(again[0][name], tensors[name]) for name in tensors)
     path.write_bytes(whole)
-    assert work.has_state("window-00001")
+    assert work.has("window-00001")
     assert work.names("window-") == ["window-00001"]
     work.drop("window-00001")
-    assert not work.has_state("window-00001")
+    assert not work.has("window-00001")

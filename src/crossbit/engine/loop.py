@@ -33,7 +33,7 @@ from crossbit.engine.window import (
     through_trained,
     train_window,
 )
-from crossbit.engine.workdir import WorkDir, teacher_name, window_name
+from crossbit.engine.workdir import TARGET, WorkDir, stream_name, teacher_name, window_name
 from crossbit.errors import WorkError
 from crossbit.solvers.rounding import reenter
 from crossbit.windows import Window
@@ -66,7 +66,7 @@ def _entering(job: Job, work: WorkDir, block: int) -> Stream:
         raise WorkError(f"{work.path}: the activations entering block {block} are missing")
     # Calibration text enters the blocks through the quantized embedding.
     job.round_embedding()
-    return _embedded(job, work, "stream-00000")
+    return _embedded(job, work, stream_name(0))
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
     left = windows[first:]
     for window in reporter.track(left, "training windows", len(left)):
         _one_window(job, work, window, streams, live, reporter)
-    if job.recipe.end_to_end is not None and not work.has_part("outside"):
+    if job.recipe.end_to_end is not None and not work.has("outside"):
         reporter.say("tuning all blocks together")
         entering = work.stream(0)
         assert entering is not None
@@ -167,7 +167,7 @@ def _one_window(
         if job.recipe.end_to_end is not None:
             work.save_state(open_name(index), *pack([trained]))
         block = trained.hardened()
-        block.target = through_original(job, work, index, streams.entering, "target", held=True)
+        block.target = through_original(job, work, index, streams.entering, TARGET, held=True)
         job.shell.place_block(index, block.module)
         leaving = close_block(job, work, index, block, streams.entering)
         assert leaving is not None
@@ -216,9 +216,9 @@ def _save_window(job: Job, work: WorkDir, window: Window, live: dict[int, Traine
     tensors, record = pack([live[index] for index in sorted(live)])
     place = {"window": window.index + 1, "start": start, "opened": opened}
     work.save_state(window_name(window.index + 1), tensors, {**record, **place})
-    keep = {window_name(window.index + 1), teacher_name(opened), f"stream-{start:05d}"}
+    keep = {window_name(window.index + 1), teacher_name(opened), stream_name(start)}
     if job.recipe.end_to_end is not None:
-        keep.add("stream-00000")
+        keep.add(stream_name(0))
     forget_training(work)
     for prefix in ("window-", "teacher-", "stream-"):
         for name in work.names(prefix):

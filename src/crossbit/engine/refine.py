@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import time
 
-import torch
 from torch import Tensor
 
 from crossbit.engine.closing import close_block
-from crossbit.engine.fit import Task, fit, outcome
 from crossbit.engine.job import Job
-from crossbit.engine.live import unpack
+from crossbit.engine.live import pack, unpack
 from crossbit.engine.logits import hidden_logit_kl
 from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of
 from crossbit.engine.window import (
     Interrupted,
-    StateKeeper,
+    described,
     forget_training,
-    gather,
     interrupted_training,
+    make_task,
     through_original,
+    train,
 )
-from crossbit.engine.workdir import WorkDir, teacher_name
+from crossbit.engine.workdir import TARGET, WorkDir, teacher_name
 from crossbit.errors import WorkError
 from crossbit.solvers.rounding import reenter
 from crossbit.windows import Window
@@ -57,7 +56,7 @@ def refine(job: Job, work: WorkDir, windows: int, entering: Stream, reporter: Re
     window = Window(windows, 0, total, total)
     blocks: list[TrainedBlock] = []
     interrupted = None
-    done = work.has_state(REFINED)
+    done = work.has(REFINED)
     known = work.load_state(REFINED) if done else interrupted_training(work, window)
     if known is None:
         for index in range(total):
@@ -90,49 +89,28 @@ def _tune(
     assert settings is not None
     if teacher is None:
         raise WorkError(f"{work.path}: the teacher's activations are missing; start afresh")
-    count, held = entering.shape[0], job.held_out
-
-    def read(numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
-        device = job.shell.device
-        return gather(entering, numbers, device), [gather(teacher, numbers, device)]
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
         return hidden_logit_kl(job.shell, output, targets[0], settings.temperature)
 
     job.shell.load_outside(job.checkpoint, job.dtype)
-    task = Task(
-        blocks=blocks,
-        read=read,
+    task = make_task(
+        job,
+        window,
+        blocks,
+        entering,
+        [teacher],
         loss=loss,
-        fitting=torch.arange(count - held),
-        held=torch.arange(count - held, count),
-        length=entering.shape[1],
         settings=settings,
         steps={name: settings.step > 0 for name, _ in layers_of(blocks)},
-        dtype=job.dtype,
-        seed=job.recipe.calibration.seed * 65_537 + window.index,
         checkpointed=True,
     )
-    best = None if interrupted is None else interrupted.best
-    keeper = StateKeeper(work, window, blocks, reporter, task, best)
-    report = fit(
-        task,
-        keeper,
-        None if interrupted is None else interrupted.progress,
-        {} if interrupted is None else interrupted.optimiser,
-    )
+    progress = train(work, window, task, reporter, interrupted)
     job.shell.free_outside()
-    work.save_record(
-        f"trained-{window.index:05d}",
-        {
-            "window": window.index,
-            "blocks": [0, window.stop - 1],
-            "what": "end to end, divergence of logits",
-            **outcome(report),
-            "seconds": round(time.monotonic() - started, 3),
-        },
-    )
-    keeper.save(REFINED)
+    report = described(window, progress, started)
+    report["what"] = "end to end, divergence of logits"
+    work.save_record(f"trained-{window.index:05d}", report)
+    work.save_state(REFINED, *pack(blocks))
     forget_training(work)
 
 
@@ -149,7 +127,7 @@ def _write_again(
         index = block.index
         reporter.status(f"writing block {index}")
         opened = block.hardened()
-        opened.target = through_original(job, work, index, entering, "target", held=True)
+        opened.target = through_original(job, work, index, entering, TARGET, held=True)
         job.shell.place_block(index, opened.module)
         leaving = close_block(job, work, index, opened, entering)
         assert leaving is not None

@@ -19,7 +19,8 @@ from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of, materialised
 from crossbit.engine.workdir import WorkDir
-from crossbit.objective import reconstruction_loss
+from crossbit.objective import homologous
+from crossbit.recipe import Training
 from crossbit.windows import Window
 
 SAVE_SECONDS = 60.0  # between two states of a window in training that a killed run goes on from
@@ -78,45 +79,94 @@ def train_window(
     """
     started = time.monotonic()
     objective = job.recipe.objective
-    homologous = _homologous(job, work, window, streams.entering) if objective.homologous else None
-    sources = [streams.teacher, *([homologous] if homologous is not None else [])]
-    count, held = streams.entering.shape[0], job.held_out
-
-    def read(numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
-        device = job.shell.device
-        return (
-            gather(streams.entering, numbers, device),
-            [gather(source, numbers, device) for source in sources],
-        )
-
+    targets = [streams.teacher]
+    if objective.homologous:
+        targets.append(_homologous(job, work, window, streams.entering))
     logits = bool(objective.logits) and window.stop == job.shell.num_blocks
     if logits:
         job.shell.load_outside(job.checkpoint, job.dtype)
-    task = Task(
-        blocks=blocks,
-        read=read,
+    task = make_task(
+        job,
+        window,
+        blocks,
+        streams.entering,
+        targets,
         loss=_loss(job, logits),
-        fitting=torch.arange(count - held),
-        held=torch.arange(count - held, count),
-        length=streams.entering.shape[1],
         settings=job.recipe.training,
         steps={n: _trains_steps(job, b.index, n) for b in blocks for n, _ in layers_of([b])},
-        dtype=job.dtype,
-        seed=job.recipe.calibration.seed * 65_537 + window.index,
     )
-    best = None if interrupted is None else interrupted.best
-    keeper = StateKeeper(work, window, blocks, reporter, task, best)
-    progress = fit(
-        task,
-        keeper,
-        None if interrupted is None else interrupted.progress,
-        {} if interrupted is None else interrupted.optimiser,
-    )
+    progress = train(work, window, task, reporter, interrupted)
     if logits:
         job.shell.free_outside()
     for name in ("homologous-0", "homologous-1"):
         work.drop(name)
     release_memory()
+    return described(window, progress, started)
+
+
+def make_task(
+    job: Job,
+    window: Window,
+    blocks: Sequence[TrainedBlock],
+    entering: Stream,
+    targets: Sequence[Stream],
+    *,
+    loss: Loss,
+    settings: Training,
+    steps: dict[str, bool],
+    checkpointed: bool = False,
+) -> Task:
+    """What blocks are trained on, from files: see ``Task``.
+
+    Args:
+        job: the run.
+        window: which blocks.
+        blocks: those, opened.
+        entering: activations that enter the first.
+        targets: what should leave the last.
+        loss, settings, steps, checkpointed: of the task.
+    """
+    count, held = entering.shape[0], job.held_out
+
+    def read(numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
+        device = job.shell.device
+        return (
+            gather(entering, numbers, device),
+            [gather(target, numbers, device) for target in targets],
+        )
+
+    return Task(
+        blocks=blocks,
+        read=read,
+        loss=loss,
+        fitting=torch.arange(count - held),
+        held=torch.arange(count - held, count),
+        length=entering.shape[1],
+        settings=settings,
+        steps=steps,
+        dtype=job.dtype,
+        seed=job.recipe.calibration.seed * 65_537 + window.index,
+        checkpointed=checkpointed,
+    )
+
+
+def train(
+    work: WorkDir,
+    window: Window,
+    task: Task,
+    reporter: Reporter,
+    interrupted: Interrupted | None,
+) -> Progress:
+    """Train from the beginning, or from where a killed run was; states go to the work folder."""
+    best = None if interrupted is None else interrupted.best
+    keeper = StateKeeper(work, window, task.blocks, reporter, task, best)
+    if interrupted is None:
+        return fit(task, keeper, None, {})
+    return fit(task, keeper, interrupted.progress, interrupted.optimiser)
+
+
+def described(window: Window, progress: Progress, started: float) -> dict[str, Any]:
+    """What the report says of a window's training, which began at ``started``."""
     return {
         "window": window.index,
         "blocks": [window.start, window.stop - 1],
@@ -137,18 +187,17 @@ def _trains_steps(job: Job, block: int, name: str) -> bool:
 
 def _loss(job: Job, logits: bool) -> Loss:
     objective = job.recipe.objective
-    weights = (1.0, objective.homologous)
 
     def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
-        total = torch.zeros(())
-        for weight, target in zip(weights, targets, strict=False):
-            total = total + weight * reconstruction_loss(
-                output,
-                target,
-                norm=objective.norm,
-                kl=objective.kl,
-                temperature=objective.temperature,
-            )
+        total = homologous(
+            output,
+            targets[0],
+            targets[-1],  # the first again without a homologous one, whose weight is 0 then
+            weight=objective.homologous,
+            norm=objective.norm,
+            kl=objective.kl,
+            temperature=objective.temperature,
+        )
         if logits:
             found = hidden_logit_kl(job.shell, output, targets[0], objective.temperature)
             total = total + objective.logits * found
@@ -239,10 +288,6 @@ class StateKeeper:
         self._best = _BEST[self._best == _BEST[0]]
         self._work.save_state(self._best, parameters_of(self._blocks), {})
 
-    def save(self, name: str) -> None:
-        """Write the blocks as they are."""
-        self._work.save_state(name, *pack(self._blocks))
-
     def load_best(self) -> None:
         """Make the parameters what was remembered last, in place."""
         assert self._best is not None
@@ -300,10 +345,10 @@ class StateKeeper:
 
 def interrupted_training(work: WorkDir, window: Window) -> tuple[dict[str, Tensor], Any] | None:
     """State and record of a training of ``window`` that was interrupted, None if there is none."""
-    if not work.has_state(_TRAINING):
+    if not work.has(_TRAINING):
         return None
     tensors, record = work.load_state(_TRAINING)
-    known = record["window"] == window.index and work.has_state(record["best"])
+    known = record["window"] == window.index and work.has(record["best"])
     return (tensors, record) if known else None
 
 

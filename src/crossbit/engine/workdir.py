@@ -42,6 +42,7 @@ from crossbit.errors import InputError, WorkError
 from crossbit.safetensors_format import raw_bytes
 
 MANIFEST = "manifest.json"
+TARGET = "target"
 
 
 class WorkDir:
@@ -71,11 +72,10 @@ class WorkDir:
             if self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
-            self._write_json(MANIFEST, manifest)
-        except (OSError, WorkError) as error:
-            reason = getattr(error, "strerror", None) or "no space or no permission"
+            self._put_json(MANIFEST, manifest)
+        except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be written ({reason}); choose another --out or --work"
+                f"{self.path}: cannot be written ({error.strerror}); choose another --out or --work"
             ) from None
 
     def _manifest(self) -> dict[str, Any] | None:
@@ -96,8 +96,8 @@ class WorkDir:
         self._write_json(f"{name}.json", record)
         self._write_tensors(f"{name}.safetensors", tensors)
 
-    def has_part(self, name: str) -> bool:
-        """True if the part was finished."""
+    def has(self, name: str) -> bool:
+        """True if there are a finished part, activations or a state of that name."""
         return (self.path / f"{name}.safetensors").exists()
 
     def record(self, name: str) -> dict[str, Any]:
@@ -123,14 +123,14 @@ class WorkDir:
 
     def new_stream(self, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> StreamWriter:
         """Write the activations [S, L, D] that enter ``block``."""
-        return StreamWriter(self.path / _stream(block), shape, dtype)
+        return self.writer(stream_name(block), shape, dtype)
 
     def new_target(self, shape: tuple[int, ...], dtype: torch.dtype) -> StreamWriter:
         """Write what a block's output should be on the held-out sequences [S, L, D].
 
         It is of use to the run that wrote it only, and the next block's takes its place.
         """
-        return StreamWriter(self.path / "target.safetensors", shape, dtype)
+        return self.writer(TARGET, shape, dtype)
 
     def writer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StreamWriter:
         """Write activations [S, L, D] under a name."""
@@ -155,19 +155,18 @@ class WorkDir:
         Raises:
             WorkError: the file is damaged.
         """
-        path = self.path / _stream(block)
-        return Stream(path) if path.exists() else None
+        return self.named(stream_name(block))
 
     def drop_stream(self, block: int) -> None:
         """Forget the activations that enter ``block``, if they are there."""
-        (self.path / _stream(block)).unlink(missing_ok=True)
+        self.drop(stream_name(block))
 
     def next_block(self, *, streams: bool) -> int:
         """The first block that is not finished (and whose input is known, if ``streams``)."""
         block = 0
-        while self.has_part(part_name(block)):
+        while self.has(part_name(block)):
             block += 1
-        while streams and block > 0 and not (self.path / _stream(block)).exists():
+        while streams and block > 0 and not self.has(stream_name(block)):
             block -= 1
         return block
 
@@ -178,10 +177,6 @@ class WorkDir:
         text = json.dumps(record)
         metadata = {"record": text, "checksum": _checksum(text, tensors)}
         self._write_tensors(f"{name}.safetensors", tensors, metadata)
-
-    def has_state(self, name: str) -> bool:
-        """True if there is a state of that name."""
-        return (self.path / f"{name}.safetensors").exists()
 
     def load_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What ``save_state`` wrote.
@@ -217,14 +212,25 @@ class WorkDir:
     # -- files --------------------------------------------------------------------------------
 
     def _write_json(self, name: str, data: dict[str, Any]) -> None:
+        try:
+            self._put_json(name, data)
+        except OSError as error:
+            raise unwritable(self.path / name, error) from None
+
+    def _put_json(self, name: str, data: dict[str, Any]) -> None:
+        """Whole or not at all.
+
+        Raises:
+            OSError: the disk refuses.
+        """
         temporary = self.path / f".{name}.tmp"
         try:
             temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", "utf8")
             os.replace(temporary, self.path / name)
-        except OSError as error:
+        except OSError:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise unwritable(self.path / name, error) from None
+            raise
 
     def _write_tensors(
         self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
@@ -268,8 +274,9 @@ def _checksum(record: str, tensors: dict[str, Tensor]) -> str:
     return f"{found:08x}"
 
 
-def _stream(block: int) -> str:
-    return f"stream-{block:05d}.safetensors"
+def stream_name(block: int) -> str:
+    """Name of the activations that enter ``block``."""
+    return f"stream-{block:05d}"
 
 
 def _short(value: Any) -> str:

@@ -26,8 +26,10 @@ from crossbit.estimate.shapes import (
     wants_sample,
 )
 from crossbit.evaluation import perplexity
+from crossbit.export.artifact import ROWS as END_ROWS
 from crossbit.objective import CHUNK_ELEMENTS
 from crossbit.recipe import AwqScale, CrossFold, EndToEnd, Gptq, Smooth, Training
+from crossbit.solvers.gptq import ROWS as GPTQ_ROWS
 from crossbit.transforms.column_fit import MIN_TOKENS
 
 FLOAT, DOUBLE = 4, 8
@@ -42,11 +44,8 @@ VERIFY_LIBRARIES = 100 * MIB
 SLACK = 24 * MIB
 # Elements of a tensor that are looked at in one go by the check for NaN (models.checkpoint).
 SCANNED = 1 << 22
-# Rows of an embedding or head that are rounded or solved at a time (export.artifact).
-END_ROWS = 4096
-# Rows of a weight that GPTQ solves at a time, and its buffers of that size [K, rows]: target,
-# working copy, codes, values, gradient and one product.
-GPTQ_ROWS, GPTQ_BUFFERS = 1024, 6
+# GPTQ's buffers of [K, GPTQ_ROWS]: target, working copy, codes, values, gradient and one product.
+GPTQ_BUFFERS = 6
 # K x K matrices beside H at GPTQ's worst moments: damped copy, factor, inverse and the float64 copy
 # of its check; conditioned copy, factor and damped copy in the column loop.
 FACTOR_MATRICES, LOOP_MATRICES = 5, 3

@@ -34,7 +34,6 @@ from collections.abc import Mapping
 
 from crossbit.engine.scale import SAMPLE_ROWS
 from crossbit.estimate.disk import outside, packed, part, stream_bytes, trained
-from crossbit.estimate.memory import GPTQ_ROWS
 from crossbit.estimate.shapes import (
     BlockShape,
     Description,
@@ -45,7 +44,9 @@ from crossbit.estimate.shapes import (
     wants_ranges,
     wants_sample,
 )
+from crossbit.export.artifact import ROWS as END_ROWS
 from crossbit.recipe import AwqScale, Cfp, CrossFold, EndToEnd, Gptq, Rtn, Smooth
+from crossbit.solvers.gptq import ROWS as GPTQ_ROWS
 from crossbit.transforms import column_fit, cross_fold, smooth
 
 Work = dict[str, dict[str, float]]
@@ -71,7 +72,6 @@ KINDS = (
 # report; measured on an idle core, and small beside all but the shortest runs.
 FINISH_SECONDS, VERIFY_SECONDS, REPORT_SECONDS = 0.8, 2.0, 1.0
 ATTENTION_BACKWARD = 2.5  # of the forward pass's flops: five products where that has two
-END_ROWS = 4096  # rows of a head that GPTQ solves at a time, each time with a factor of its own
 
 
 def operations(description: Description, *, characters: tuple[int, int] = (0, 0)) -> Work:

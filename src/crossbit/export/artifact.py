@@ -22,7 +22,7 @@ from crossbit.runtime.install import QuantizedLayer
 from crossbit.solvers.gptq import gptq
 from crossbit.solvers.rtn import rtn
 
-_ROWS = 4096
+ROWS = 4096  # of an embedding or head that are rounded or solved at a time
 
 
 def stored_name(family: Family, module: str) -> str:
@@ -62,7 +62,7 @@ def round_embedding(shell: Shell, plan: ModelPlan) -> None:
     if plan.embedding is None:
         return
     weight = shell.model.get_submodule(shell.structure.embedding).weight.data
-    for part in torch.split(weight, _ROWS):  # views: written in place
+    for part in torch.split(weight, ROWS):  # views: written in place
         part.copy_(_round_rows(part, plan.embedding).dequantize())
 
 
@@ -113,14 +113,14 @@ def _round_rows(weight: Tensor, grid: Grid) -> QTensor:
 
     The grid has one scale a row (the compatibility table allows no other), so rows are apart.
     """
-    return _joined([rtn(part.float(), grid, clip="mse") for part in torch.split(weight, _ROWS)])
+    return _joined([rtn(part.float(), grid, clip="mse") for part in torch.split(weight, ROWS)])
 
 
 def _solve_rows(weight: Tensor, grid: Grid, hessian: Tensor, solver: Gptq) -> QTensor:
     """The same with GPTQ, for the head: its logits are what the model is judged by."""
     parts = [
         gptq(part.float(), hessian, grid, **solver.options).qtensor
-        for part in torch.split(weight, _ROWS)
+        for part in torch.split(weight, ROWS)
     ]
     return _joined(parts)
 

@@ -38,7 +38,7 @@ from crossbit.solvers.rtn import fit_scale
 ScaleFit = Literal["none", "mse", "hessian"]
 
 # Rows solved at a time (rows are independent): bounds memory and keeps blocks in the cache.
-_ROWS = 1024
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def gptq(
     codes = torch.empty(rows, columns, dtype=torch.int8, device=exact.device)
     scale = scale.expand(rows, groups).clone()
     zero = None if zero is None else zero.expand(rows, groups).clone()
-    for start in range(0, rows, _ROWS):
-        part = slice(start, min(start + _ROWS, rows))
+    for start in range(0, rows, ROWS):
+        part = slice(start, min(start + ROWS, rows))
         state = _State(
             target=exact[part].T.contiguous(),
             codes=torch.empty(columns, exact[part].shape[0], device=exact.device),
