@@ -1,0 +1,565 @@
+"""Expansion along singular directions against the dense formula: mask, product, gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crossbit.errors import InputError, WorkError
+from crossbit.solvers import expansion
+from crossbit.solvers.expansion import (
+    Basis,
+    ExpansionChoice,
+    Kind,
+    dense,
+    entries,
+    expand,
+    learning_rate_scale,
+    pull_back_expansion,
+    singular_basis,
+    start_expansion,
+)
+
+KINDS: tuple[Kind, ...] = ("diagonal", "band", "blocks", "square", "full")
+SHAPES = [(40, 64), (64, 40), (48, 48), (1, 5), (5, 1), (300, 33)]
+SEEDS = st.integers(0, 999)
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """A weight with an outlier, zeros of both signs, and singular values of one size."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
+    weight[0, 0] *= 8
+    weight[-1, -1] = 0.0
+    weight[0, -1] = -0.0
+    return weight
+
+
+def exact_basis(weight: Tensor) -> Basis:
+    """In float64."""
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return Basis(u, vt, s)
+
+
+def trained(basis: Basis, choice: ExpansionChoice, seed: int = 0) -> dict[str, Tensor]:
+    """Every number is anything, those that stand for nothing too."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        n: torch.randn(p.shape, generator=generator).to(p.dtype)
+        for n, p in start_expansion(basis, choice).items()
+    }
+
+
+def slow_dense(choice: ExpansionChoice, parameters: dict[str, Tensor], r: int) -> Tensor:
+    """B, element by element from the definition of the masks; differentiable."""
+    e, k = parameters["expansion"], choice.width
+    zero = e.new_zeros(())
+    rows = []
+    for i in range(r):
+        row = [zero] * r
+        for j in range(r):
+            if choice.kind == "full":
+                row[j] = e[i, j]
+            elif choice.kind == "blocks" and i // k == j // k:
+                row[j] = e[i // k, i % k, j % k]
+            elif choice.kind == "band" and abs(i - j) <= k:
+                row[j] = e[j - i + k, i]
+            elif choice.kind in ("diagonal", "square") and i == j:
+                row[j] = e[0, i]
+            elif choice.kind == "square" and max(i, j) < k:
+                row[j] = parameters["square"][i, j]
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int32)
+
+
+@st.composite
+def problems(draw: st.DrawFn, largest: int = 9) -> tuple[Tensor, ExpansionChoice]:
+    """A weight, and a choice that fits it."""
+    rows, columns = draw(st.integers(1, largest)), draw(st.integers(1, largest))
+    r = min(rows, columns)
+    rank = draw(st.none() | st.integers(1, r))
+    kind = draw(st.sampled_from(KINDS))
+    lowest, highest = (0, (rank or r) - 1) if kind == "band" else (1, rank or r)
+    choice = ExpansionChoice(kind, draw(st.integers(lowest, highest)), rank)
+    return matrix(rows, columns, draw(SEEDS)), choice
+
+
+CASES = [
+    ExpansionChoice("diagonal"),
+    ExpansionChoice("band", 3),
+    ExpansionChoice("band", 0),
+    ExpansionChoice("band", 32),
+    ExpansionChoice("blocks", 7),
+    ExpansionChoice("blocks", 1),
+    ExpansionChoice("square", 5),
+    ExpansionChoice("square", 33),
+    ExpansionChoice("full"),
+    ExpansionChoice("band", 4, 17),
+    ExpansionChoice("square", 17, 17),
+]
+NAMES = [f"{c.kind}-{c.width}-{c.rank}" for c in CASES]
+
+
+# -- the basis ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_basis_is_the_weight(shape: tuple[int, int]) -> None:
+    weight = matrix(*shape)
+    basis = singular_basis(weight)
+    r = min(shape)
+    assert (basis.u.shape, basis.vt.shape, basis.s.shape) == ((shape[0], r), (r, shape[1]), (r,))
+    assert {t.dtype for t in (basis.u, basis.vt, basis.s)} == {torch.float32}
+    u, s, vt = basis.u.double(), basis.s.double(), basis.vt.double()
+    assert float((u * s @ vt - weight).norm() / weight.norm()) < 1e-6
+    eye = torch.eye(r, dtype=torch.float64)
+    torch.testing.assert_close(u.T @ u, eye, rtol=0, atol=2e-6)
+    torch.testing.assert_close(vt @ vt.T, eye, rtol=0, atol=2e-6)
+    assert bool((s.diff() <= 0).all())
+    # The increment that is the singular values themselves doubles the weight (LSI).
+    parameters = {"expansion": basis.s.unsqueeze(0)}
+    doubled = expand(basis, ExpansionChoice("diagonal"), parameters)
+    assert float((doubled - weight).norm() / weight.norm()) < 1e-6
+
+
+def test_the_basis_is_reproducible() -> None:
+    weight = matrix(150, 96)
+    one = singular_basis(weight)
+    assert bool((one.u.gather(0, one.u.abs().argmax(0, keepdim=True)) > 0).all())
+    unaligned = torch.cat([torch.zeros(1), weight.flatten()])[1:].reshape(150, 96)
+    threads = torch.get_num_threads()
+    try:
+        others = [
+            singular_basis(weight),
+            singular_basis(unaligned),
+            singular_basis(weight.double()),
+        ]
+        torch.set_num_threads(threads + 1)
+        others.append(singular_basis(weight.T.contiguous().T))
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert torch.equal(one.u, other.u)
+        assert torch.equal(one.vt, other.vt)
+        assert torch.equal(one.s, other.s)
+    turned = singular_basis(-weight)  # the signs of V alone change
+    torch.testing.assert_close(turned.u, one.u, rtol=0, atol=1e-4)
+    torch.testing.assert_close(turned.vt, -one.vt, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_dtype_is_decomposed_in_float32_and_stays(dtype: torch.dtype) -> None:
+    weight = matrix(12, 9).to(dtype).requires_grad_()
+    before = weight.detach().clone()
+    basis = singular_basis(weight)
+    assert torch.equal(basis.u, singular_basis(before.float()).u)
+    assert not any(t.requires_grad for t in (basis.u, basis.vt, basis.s))
+    assert torch.equal(weight, before)
+
+
+def test_a_rank_keeps_the_leading_directions() -> None:
+    weight = matrix(20, 30)
+    whole, part = singular_basis(weight), singular_basis(weight, 4)
+    assert torch.equal(part.u, whole.u[:, :4])
+    assert torch.equal(part.vt, whole.vt[:4])
+    assert torch.equal(part.s, whole.s[:4])
+    for tensor in (part.u, part.vt, part.s):  # nothing else is kept alive
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 6), torch.ones(6, 4), torch.eye(5)])
+def test_weights_without_full_rank_have_a_basis(weight: Tensor) -> None:
+    basis = singular_basis(weight)
+    torch.testing.assert_close(basis.u * basis.s @ basis.vt, weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(basis.u.T @ basis.u, torch.eye(min(weight.shape)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("failure", ["raises", "not finite"])
+def test_a_decomposition_that_fails_is_tried_in_float64(
+    failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = matrix(8, 6)
+    right = singular_basis(weight)
+    original, tried = torch.linalg.svd, []
+    hopeless = False
+
+    def svd(given_: Tensor, full_matrices: bool) -> Any:
+        tried.append(given_.dtype)
+        u, s, vt = original(given_, full_matrices=full_matrices)
+        if given_.dtype == torch.float64 and not hopeless:
+            return u, s, vt
+        if failure == "raises":
+            raise torch.linalg.LinAlgError("did not\nconverge")  # type: ignore[attr-defined]
+        return u, s, vt * math.nan
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    basis = singular_basis(weight)
+    assert tried == [torch.float32, torch.float64]
+    assert basis.u.dtype == basis.vt.dtype == basis.s.dtype == torch.float32
+    torch.testing.assert_close(basis.u, right.u, rtol=0, atol=1e-5)
+    hopeless = True
+    with pytest.raises(WorkError, match=r"weight \[8, 6\].*did not converge") as caught:
+        singular_basis(weight)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
+    weight = matrix(8, 6)
+    weight[2, 3] = value
+    with pytest.raises(WorkError, match=r"weight \[8, 6\].*not finite") as caught:
+        singular_basis(weight)
+    assert "\n" not in str(caught.value)
+
+
+# -- where training starts ------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(), SEEDS)
+def test_untrained_it_is_the_weight_bit_for_bit(
+    problem: tuple[Tensor, ExpansionChoice], seed: int
+) -> None:
+    weight, choice = problem
+    basis = singular_basis(weight, choice.rank)
+    parameters = start_expansion(basis, choice)
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    for sign in (1.0, -1.0):  # an optimiser leaves zeros of either
+        delta = expand(basis, choice, {n: p * sign for n, p in parameters.items()})
+        assert delta.dtype == torch.float32
+        assert float(delta.abs().max()) == 0.0
+        assert torch.equal(bits(weight + delta), bits(weight))
+        assert torch.equal(bits(delta + weight), bits(weight))
+    assert int(dense(choice, parameters, basis.u.shape[1]).count_nonzero()) == 0
+
+
+def test_parameters_have_the_stated_shapes() -> None:
+    basis = singular_basis(matrix(10, 12))
+    shapes: dict[ExpansionChoice, dict[str, tuple[int, ...]]] = {
+        ExpansionChoice("diagonal"): {"expansion": (1, 10)},
+        ExpansionChoice(): {"expansion": (17, 10)},
+        ExpansionChoice("blocks", 4): {"expansion": (3, 4, 4)},
+        ExpansionChoice("square", 4): {"expansion": (1, 10), "square": (4, 4)},
+        ExpansionChoice("full"): {"expansion": (10, 10)},
+        ExpansionChoice("full", width=0): {"expansion": (10, 10)},
+    }
+    for choice, wanted in shapes.items():
+        assert {n: tuple(p.shape) for n, p in start_expansion(basis, choice).items()} == wanted
+
+
+# -- the product ----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems(), SEEDS)
+def test_the_product_is_the_dense_one(problem: tuple[Tensor, ExpansionChoice], seed: int) -> None:
+    """Whatever stands off the mask is not read."""
+    weight, choice = problem
+    basis = singular_basis(weight, choice.rank)
+    parameters = trained(basis, choice, seed)
+    before = {n: p.clone() for n, p in parameters.items()}
+    r = choice.check_shape(*weight.shape)
+    b = slow_dense(choice, parameters, r)
+    assert torch.equal(dense(choice, parameters, r), b)
+    assert int(b.count_nonzero()) == entries(choice, r)
+    found = expand(basis, choice, parameters)
+    torch.testing.assert_close(found, basis.u @ b @ basis.vt, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(before[n], p) for n, p in parameters.items())
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (48, 48)])
+@pytest.mark.parametrize("choice", CASES, ids=NAMES)
+def test_panels_make_the_dense_product(choice: ExpansionChoice, shape: tuple[int, int]) -> None:
+    """In float64, where several panels and the last, lower one take part; the norm is B's."""
+    weight = matrix(*shape)
+    basis = exact_basis(weight)
+    r = choice.check_shape(*shape)
+    basis = Basis(basis.u[:, :r], basis.vt[:r], basis.s[:r])
+    parameters = trained(basis, choice)
+    found = expand(basis, choice, parameters)
+    assert found.dtype == torch.float64
+    b = slow_dense(choice, parameters, r)
+    torch.testing.assert_close(found, basis.u @ b @ basis.vt, rtol=1e-12, atol=1e-12)
+    assert float(found.norm()) == pytest.approx(float(b.norm()), rel=1e-12)
+    single = expand(
+        Basis(basis.u.float(), basis.vt.float(), basis.s.float()),
+        choice,
+        {n: p.float() for n, p in parameters.items()},
+    )
+    torch.testing.assert_close(single.double(), found, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_band_of_zero_is_the_diagonal(shape: tuple[int, int]) -> None:
+    """And both are LSI: the singular values alone move."""
+    weight = matrix(*shape)
+    basis = singular_basis(weight)
+    diagonal, band = ExpansionChoice("diagonal"), ExpansionChoice("band", 0)
+    parameters = trained(basis, diagonal)
+    assert start_expansion(basis, band)["expansion"].shape == parameters["expansion"].shape
+    found = expand(basis, diagonal, parameters)
+    assert torch.equal(found, expand(basis, band, parameters))
+    lsi = (basis.u * (basis.s + parameters["expansion"][0])) @ basis.vt
+    torch.testing.assert_close(weight + found, lsi, rtol=0, atol=1e-5)
+    gradient = matrix(*shape, seed=3)
+    one, other = (pull_back_expansion(basis, c, gradient) for c in (diagonal, band))
+    assert torch.equal(one["expansion"], other["expansion"])
+
+
+def test_the_widest_masks_are_full() -> None:
+    basis = exact_basis(matrix(9, 7))
+    full = ExpansionChoice("full")
+    b = trained(basis, full)["expansion"]
+    wanted = expand(basis, full, {"expansion": b})
+    band = start_expansion(basis, ExpansionChoice("band", 6))["expansion"]
+    for d in range(-6, 7):
+        band[d + 6, max(0, -d) : 7 - max(0, d)] = b.diagonal(d)
+    off = b.clone().fill_diagonal_(0.0)
+    others: dict[ExpansionChoice, dict[str, Tensor]] = {
+        ExpansionChoice("band", 6): {"expansion": band},
+        ExpansionChoice("blocks", 7): {"expansion": b.unsqueeze(0)},
+        ExpansionChoice("square", 7): {"expansion": b.diagonal().unsqueeze(0), "square": off},
+    }
+    for choice, parameters in others.items():
+        found = expand(basis, choice, parameters)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        assert learning_rate_scale(choice, 7) == learning_rate_scale(full, 7)
+
+
+@pytest.mark.parametrize("choice", CASES, ids=NAMES)
+def test_a_rotation_commutes_with_it(choice: ExpansionChoice) -> None:
+    """(W + U B V^T) R = W R + U B (V^T R); with a diagonal scaling V^T R is no basis any more."""
+    weight = matrix(40, 64).double()
+    whole = exact_basis(weight)
+    r = choice.check_shape(40, 64)
+    basis = Basis(whole.u[:, :r], whole.vt[:r], whole.s[:r])
+    rotation = torch.linalg.qr(matrix(64, 64, 5).double())[0]
+    parameters = trained(basis, choice)
+    turned = Basis(basis.u, basis.vt @ rotation, basis.s)
+    eye = torch.eye(r, dtype=torch.float64)
+    torch.testing.assert_close(turned.vt @ turned.vt.T, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        (weight + expand(basis, choice, parameters)) @ rotation,
+        weight @ rotation + expand(turned, choice, parameters),
+        rtol=1e-11,
+        atol=1e-11,
+    )
+
+
+def test_a_rank_is_the_corner_of_a_full_matrix() -> None:
+    weight = matrix(12, 9)
+    whole, part = singular_basis(weight), singular_basis(weight, 4)
+    choice = ExpansionChoice("band", 2, 4)
+    parameters = trained(part, choice)
+    b = torch.zeros(9, 9)
+    b[:4, :4] = dense(choice, parameters, 4)
+    wanted = expand(whole, ExpansionChoice("full"), {"expansion": b})
+    torch.testing.assert_close(expand(part, choice, parameters), wanted, rtol=0, atol=1e-6)
+    # The other directions of the weight stay.
+    rest = whole.u[:, 4:].T @ expand(part, choice, parameters)
+    assert float(rest.abs().max()) < 1e-6
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+class Expanded(torch.autograd.Function):
+    """The two functions, as a training calls them."""
+
+    @staticmethod
+    def forward(ctx: Any, basis: Basis, choice: ExpansionChoice, *values: Tensor) -> Tensor:
+        ctx.of = basis, choice
+        return expand(basis, choice, dict(zip(start_expansion(basis, choice), values, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        basis, choice = ctx.of
+        return None, None, *pull_back_expansion(basis, choice, gradient).values()
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(), SEEDS)
+def test_gradients_are_those_of_autograd(
+    problem: tuple[Tensor, ExpansionChoice], seed: int
+) -> None:
+    """Of the dense formula in float64: zero off the mask, which the formula does not read."""
+    weight, choice = problem
+    whole = exact_basis(weight)
+    r = choice.check_shape(*weight.shape)
+    basis = Basis(whole.u[:, :r], whole.vt[:r], whole.s[:r])
+    parameters = trained(basis, choice, seed)
+    leaves = {n: p.clone().requires_grad_() for n, p in parameters.items()}
+    gradient = matrix(weight.shape[0], weight.shape[1], seed + 1).double()
+    given_ = gradient.clone()
+    product = basis.u @ slow_dense(choice, leaves, r) @ basis.vt
+    (product * gradient).sum().backward()  # type: ignore[no-untyped-call]
+    found = pull_back_expansion(basis, choice, gradient)
+    assert found.keys() == parameters.keys()
+    for name, value in found.items():
+        wanted = leaves[name].grad
+        wanted = torch.zeros_like(value) if wanted is None else wanted
+        torch.testing.assert_close(value, wanted, rtol=1e-11, atol=1e-13)
+        assert bool((value[wanted == 0] == 0).all())
+    assert torch.equal(gradient, given_)
+
+
+@pytest.mark.parametrize("choice", CASES, ids=NAMES)
+def test_gradients_pass_a_numerical_check(choice: ExpansionChoice) -> None:
+    width = min(choice.width, 4)
+    choice = replace(choice, width=width, rank=choice.rank and 5)
+    for shape in ((6, 8), (8, 6), (6, 6)):
+        whole = exact_basis(matrix(*shape))
+        r = choice.check_shape(*shape)
+        basis = Basis(whole.u[:, :r], whole.vt[:r], whole.s[:r])
+        leaves = [p.requires_grad_() for p in trained(basis, choice).values()]
+        inputs: Any = (basis, choice, *leaves)
+        assert torch.autograd.gradcheck(Expanded.apply, inputs)
+
+
+@pytest.mark.parametrize("choice", CASES, ids=NAMES)
+def test_gradients_of_large_weights_and_of_bfloat16(choice: ExpansionChoice) -> None:
+    """Several parts of the rows and panels; half precision is what it says in float32."""
+    weight = matrix(600, 40, 2)
+    basis = singular_basis(weight, choice.rank)
+    r = choice.check_shape(600, 40)
+    gradient = matrix(600, 40, 7).bfloat16()
+    found = pull_back_expansion(basis, choice, gradient)
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    again = pull_back_expansion(basis, choice, gradient.float())
+    assert all(torch.equal(found[n], again[n]) for n in found)
+    mask = dense(choice, {n: torch.ones_like(p) for n, p in found.items()}, r)
+    wanted = basis.u.double().T @ gradient.double() @ basis.vt.double().T * mask
+    torch.testing.assert_close(dense(choice, found, r).double(), wanted, rtol=1e-5, atol=1e-5)
+    total = sum(float(g.double().square().sum()) for g in found.values())
+    assert total == pytest.approx(float(wanted.square().sum()), rel=1e-5)  # nothing off the mask
+
+
+@pytest.mark.parametrize("choice", CASES, ids=NAMES)
+def test_an_optimiser_leaves_what_stands_for_nothing(choice: ExpansionChoice) -> None:
+    basis = singular_basis(matrix(40, 50), choice.rank)
+    r = choice.check_shape(40, 50)
+    parameters = start_expansion(basis, choice)
+    optimiser = torch.optim.Adam(parameters.values(), lr=1e-2)
+    target = matrix(40, 50, 1)
+    errors = []
+    for _ in range(4):
+        gap = expand(basis, choice, parameters) - target
+        errors.append(float(gap.square().sum()))
+        for name, gradient in pull_back_expansion(basis, choice, 2 * gap).items():
+            parameters[name].grad = gradient
+        optimiser.step()
+    assert errors == sorted(errors, reverse=True)
+    moved = sum(int(p.count_nonzero()) for p in parameters.values())
+    assert moved == entries(choice, r) == int(dense(choice, parameters, r).count_nonzero())
+
+
+def test_panel_heights_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    basis = exact_basis(matrix(21, 30))
+    gradient = matrix(21, 30, 4)
+
+    def everything() -> list[Tensor]:
+        found = []
+        for choice in (ExpansionChoice("band", 5), ExpansionChoice("square", 6)):
+            found += [expand(basis, choice, trained(basis, choice))]
+            found += pull_back_expansion(basis, choice, gradient).values()
+        return found
+
+    whole = everything()
+    for height in (1, 2, 7):
+        monkeypatch.setattr(expansion, "_PANEL", height)
+        monkeypatch.setattr(expansion, "_ROWS", height)
+        for one, other in zip(whole, everything(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+# -- learning rates, refusals ---------------------------------------------------------------------
+
+
+def test_learning_rates_fall_with_the_numbers_of_a_row() -> None:
+    assert learning_rate_scale(ExpansionChoice("diagonal"), 576) == 1.0
+    assert learning_rate_scale(ExpansionChoice("band", 0), 576) == 1.0
+    for k in (4, 8, 16):
+        scale = learning_rate_scale(ExpansionChoice("band", k), 576)
+        assert scale == pytest.approx(1 / math.sqrt(2 * k + 1), rel=0.02)
+    assert learning_rate_scale(ExpansionChoice("blocks", 16), 576) == pytest.approx(1 / 4)
+    assert learning_rate_scale(ExpansionChoice("square", 100), 100) == pytest.approx(1 / 10)
+    assert learning_rate_scale(ExpansionChoice("full"), 576) == pytest.approx(1 / 24)
+
+
+@pytest.mark.parametrize("choice", CASES, ids=NAMES)
+def test_scaled_steps_move_the_weight_alike(choice: ExpansionChoice) -> None:
+    r = choice.check_shape(40, 50)
+    basis = singular_basis(matrix(40, 50), choice.rank)
+    step = learning_rate_scale(choice, r)
+    parameters = {n: torch.full_like(p, step) for n, p in start_expansion(basis, choice).items()}
+    moved = float(expand(basis, choice, parameters).norm())
+    assert moved == pytest.approx(math.sqrt(r), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank: 0 is below 1; use 1 or more"),
+        ({"kind": "full", "rank": -2}, "rank: -2"),
+        ({"width": -1}, "width: a band of -1 is below 0; 0 is the diagonal"),
+        ({"kind": "blocks", "width": 0}, "width: blocks of 0 is below 1; use 1 or more"),
+        ({"kind": "square", "width": -3}, "width: square of -3"),
+    ],
+)
+def test_bad_choices_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        ExpansionChoice(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (ExpansionChoice("band", 10), "width: band of 10 does not fit 10 .*; use 9 or less"),
+        (ExpansionChoice("blocks", 11), "width: blocks of 11 does not fit 10 .*; use 10 or less"),
+        (ExpansionChoice("square", 11), "width: square of 11 does not fit 10 .*; use 10 or less"),
+        (ExpansionChoice("band", 4, 4), "width: band of 4 does not fit 4 .*; use 3 or less"),
+    ],
+)
+def test_what_does_not_fit_a_weight_is_refused(choice: ExpansionChoice, message: str) -> None:
+    weight = matrix(10, 20)
+    basis = singular_basis(weight, choice.rank)
+    for refuse in (
+        lambda: choice.check_shape(10, 20),
+        lambda: choice.check_shape(20, 10),
+        lambda: start_expansion(basis, choice),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            refuse()
+        assert "\n" not in str(caught.value)
+    fitting = replace(choice, width=choice.width - 1)
+    assert fitting.check_shape(10, 20) == basis.u.shape[1]
+    for free in ("diagonal", "full"):
+        unread: Any = replace(choice, kind=free, width=99)
+        assert unread.check_shape(10, 20) == basis.u.shape[1]
+
+
+def test_ranks_that_do_not_fit_are_refused() -> None:
+    weight = matrix(10, 20)
+    message = r"rank: 11 is not possible for a weight \[10, 20\]; use 1 to 10"
+    with pytest.raises(InputError, match=message):
+        ExpansionChoice("full", rank=11).check_shape(10, 20)
+    with pytest.raises(InputError, match=message):
+        singular_basis(weight, 11)
+    with pytest.raises(InputError, match="rank: 0 is not possible"):
+        singular_basis(weight, 0)
+    with pytest.raises(InputError, match="the basis has 10 directions and the choice 4"):
+        start_expansion(singular_basis(weight), ExpansionChoice("full", rank=4))
+    assert ExpansionChoice("full", rank=10).check_shape(10, 20) == 10
