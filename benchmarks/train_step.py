@@ -79,7 +79,7 @@ class Window:
         self.task = Task(
             blocks=trained,
             read=read,
-            loss=lambda output, targets: reconstruction_loss(output, targets[0]),
+            loss=lambda outputs, targets: reconstruction_loss(outputs[0], targets[0]),
             fitting=torch.arange(SEQUENCES),
             held=torch.arange(1),
             length=LENGTH,

@@ -19,6 +19,7 @@ from crossbit.recipe import (
     Gptq,
     Objective,
     Recipe,
+    Rotate,
     Smooth,
     Solver,
     TrainedRounding,
@@ -200,6 +201,19 @@ RULES: tuple[Rule, ...] = (
         "trained: it would stay 1, which is per_token",
         "solver {kind: rounding} with per_token_clip, or kind per_token",
     ),
+    Rule(
+        lambda r: any(isinstance(t, Rotate) for t in r.transforms[1:]),
+        "a rotation after other transforms: it is made of the whole model, before any block",
+        "one rotation, first in the list of transforms",
+    ),
+    Rule(
+        lambda r: (
+            r.rotation is not None
+            and not any((r.rotation.residual, r.rotation.heads, r.rotation.down, r.rotation.keys))
+        ),
+        "a rotation of nothing",
+        "residual: true, heads: true, down: true or keys: true, or no rotate",
+    ),
 )
 
 
@@ -322,12 +336,14 @@ def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
             "(int-quantized); weight-only they are packed, and transformers loads packed zero "
             "points only with CompressedTensorsConfig(dequantize=True)"
         )
-    if not recipe.research and any(_negative_in_groups(g, a) for g, a, _ in _combinations(recipe)):
+    if recipe.kind == "plain" and any(
+        _negative_in_groups(g, a) for g, a, _ in _combinations(recipe)
+    ):
         notes.append(
             "scales may be negative: vLLM's Marlin kernel for 8-bit inputs reads scales of groups "
             "as positive (vLLM issue 48905); give --set weights.signed=false for it"
         )
-    if recipe.embedding is not None and not recipe.research:
+    if recipe.embedding is not None and recipe.kind == "plain":
         notes.append(
             "the INT8 embedding loads in transformers; vLLM has no loader for it: give "
             "--set embedding=null --set head=null for vLLM"
@@ -341,6 +357,11 @@ def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
         notes.append(
             "transformers gives fc1 and fc2 of OPT two-dimensional inputs, on which "
             "compressed-tensors takes one scale for all tokens; crossbit and vLLM scale per token"
+        )
+    if recipe.online:
+        notes.append(
+            "online recipe: crossbit's own loader does a part of the work at run time; the result "
+            "is not a file that other runtimes execute"
         )
     if recipe.research:
         notes.append(

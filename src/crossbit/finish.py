@@ -81,14 +81,14 @@ def _write_config(run: Run, staged: Path) -> None:
     config["dtype"] = str(run.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = run.structure.tied
     config["quantization_config"] = folder_config(run.structure, run.plan)
-    if run.recipe.research:
+    if run.recipe.kind != "plain":
         grids = {}
         for block in run.plan.blocks:
             for relative, layer in block.layers.items():
                 if layer.activations is not None:
                     name = stored_name(run.structure.family, f"{block.structure.name}.{relative}")
                     grids[name] = layer.activations
-        config = wrap(config, grids)
+        config = wrap(config, grids, run.recipe.kind, run.online.to_json())
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(staged / "config.json", text)
 
@@ -108,7 +108,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
     size = _size(run, staged, parameters)
     return {
         "crossbit": crossbit.__version__,
-        "kind": "research" if run.recipe.research else "plain",
+        "kind": run.recipe.kind,
         "manifest": run.manifest,
         "model": {
             "name": run.folder.name,

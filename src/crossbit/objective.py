@@ -11,6 +11,7 @@ every tensor. Tokens pass in chunks: float32 exists for one of them at a time, i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -65,6 +66,32 @@ def reconstruction_loss(
         output, target.detach(), norm, kl, temperature
     )
     return loss
+
+
+def terms_ahead(weights: Sequence[float], left: int) -> tuple[float, ...]:
+    """Weights of the look-ahead terms where only ``left`` blocks follow the window.
+
+    Term j is the error after j more blocks (Cross-layer Learning, arXiv 2407.15508). Terms beyond
+    the last block fall on it, so that no window is left without a loss; those at the end without
+    a weight are dropped.
+
+    Args:
+        weights: lambda_0, lambda_1, ..., at least one above 0.
+        left: 0 or more.
+
+    Raises:
+        InputError: a negative weight, or none above 0.
+    """
+    if not weights or min(weights) < 0 or max(weights) == 0:
+        raise InputError(
+            f"objective ahead: {list(weights)} has no weight above 0, or one below; "
+            "[1] is the window itself, [1, 0, 1] looks two blocks ahead"
+        )
+    found = list(weights[: left + 1])
+    found[-1] += sum(weights[left + 1 :])
+    while not found[-1]:
+        found.pop()
+    return tuple(found)
 
 
 def homologous(

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 import crossbit
-from crossbit.compat import check_model, check_recipe, warnings
+from crossbit.compat import check_recipe, warnings
 from crossbit.corpora import Corpus, calibration_windows, evaluation_windows, load_text
 from crossbit.device import check_device
 from crossbit.engine.head import head_hessian
 from crossbit.engine.job import Job, needs_calibration
 from crossbit.engine.loop import run_blocks
-from crossbit.engine.plan import ModelPlan, make_plan
+from crossbit.engine.prepare import OpenModel, open_model
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import WorkDir
 from crossbit.errors import InputError, WorkError
 from crossbit.estimate.shapes import Description, describe
 from crossbit.estimate.verdict import refuse
 from crossbit.export.artifact import block_tensors, quantize_outside, round_embedding
-from crossbit.models.checkpoint import Checkpoint, scan_finite
+from crossbit.models.checkpoint import scan_finite
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
@@ -48,9 +48,7 @@ class Prepared:
     folder: ModelFolder
     recipe: Recipe
     config: Any
-    checkpoint: Checkpoint
-    shell: Shell
-    plan: ModelPlan
+    model: OpenModel
     dtype: torch.dtype
     calibration: dict[str, Any] | None
     ids: Tensor | None
@@ -61,12 +59,12 @@ class Prepared:
     def description(self) -> Description:
         """The numbers of the run, for an estimate."""
         return describe(
-            self.shell,
-            self.plan,
+            self.model.shell,
+            self.model.plan,
             self.recipe,
             self.dtype,
             windows=self.windows,
-            source_bytes=self.checkpoint.nbytes,
+            source_bytes=self.model.files.nbytes,
             companions=companion_bytes(self.folder.path),
         )
 
@@ -141,7 +139,7 @@ def quantize(
             return known
     if check:
         refuse(prepared.description, model, output.work, output.final, memory=device == "cpu")
-        prepared.checkpoint.close()
+        prepared.model.weights.close()
     for note in prepared.notes:
         reporter.say(f"note: {note}")
     directory = WorkDir(output.work)
@@ -173,8 +171,9 @@ def _work(
         recipe=prepared.recipe,
         config=prepared.config,
         tokenizer=open_tokenizer(prepared.folder.path),
-        structure=prepared.shell.structure,
-        plan=prepared.plan,
+        structure=prepared.model.shell.structure,
+        plan=prepared.model.plan,
+        online=prepared.model.online,
         dtype=prepared.dtype,
         device=device,
         manifest=manifest,
@@ -228,28 +227,13 @@ def _finished(final: Path, manifest: dict[str, Any], overwrite: bool) -> dict[st
     return None
 
 
-def open_model(
-    folder: ModelFolder, config: Any, recipe: Recipe, device: str
-) -> tuple[Checkpoint, Shell, ModelPlan]:
-    """The model without its weights, checked against its files and the recipe.
-
-    Raises:
-        InputError: files, config and recipe do not belong together.
-    """
-    checkpoint = Checkpoint(folder.path)
-    shell = Shell(config, device=device)
-    shell.check(checkpoint)
-    check_model(recipe, shell.structure)
-    width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
-    return checkpoint, shell, make_plan(shell.structure, recipe, int(width))
-
-
 def _prepare(
     folder: ModelFolder, recipe: Recipe, dtype: torch.dtype | None, device: str
 ) -> Prepared:
     config = open_config(folder.path)
     tokenizer = open_tokenizer(folder.path)
-    checkpoint, shell, plan = open_model(folder, config, recipe, device)
+    opened = open_model(folder, config, recipe, device)
+    shell = opened.shell
     calibration = ids = None
     windows = 0
     settings = recipe.calibration
@@ -282,19 +266,17 @@ def _prepare(
     del tokenizer
     gc.collect()
     release_memory()  # what tokenising the texts left behind
-    scan_finite(checkpoint)
-    checkpoint.close()
+    scan_finite(opened.files)
+    opened.files.close()
     return Prepared(
         folder=folder,
         recipe=recipe,
         config=config,
-        checkpoint=checkpoint,
-        shell=shell,
-        plan=plan,
+        model=opened,
         dtype=dtype or own_dtype(config),
         calibration=calibration,
         ids=ids,
-        notes=warnings(recipe, shell.structure),
+        notes=[*warnings(recipe, shell.structure), *opened.notes],
         windows=windows,
     )
 
@@ -321,37 +303,38 @@ def check_vocabulary(ids: Tensor, shell: Shell) -> None:
 
 
 def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
-    shell, dtype = prepared.shell, prepared.dtype
-    shell.load_outside(prepared.checkpoint, dtype)
+    opened, dtype = prepared.model, prepared.dtype
+    shell, weights = opened.shell, opened.weights
+    shell.load_outside(weights, dtype)
     release_memory()
 
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
-        plan = prepared.plan.blocks[index]
+        plan = opened.plan.blocks[index]
         family = shell.structure.family
         return block_tensors(family, plan.structure.name, block, layers, plan.layers, dtype)
 
     job = Job(
         shell,
-        prepared.checkpoint,
-        prepared.plan,
+        weights,
+        opened.plan,
         prepared.recipe,
         prepared.ids,
         dtype,
         write,
-        partial(round_embedding, shell, prepared.plan),
+        partial(round_embedding, shell, opened.plan),
     )
     run_blocks(job, directory, reporter)
     if not directory.has("outside"):
         # Last, for GPTQ's sake: the head is solved for what leaves the quantized blocks.
         hessian = head_hessian(job, directory)
         solver = first_solver(prepared.recipe.solver)
-        shell.load_outside(prepared.checkpoint, dtype)
+        shell.load_outside(weights, dtype)
         directory.save_part(
             "outside",
             quantize_outside(
-                shell, prepared.plan, dtype, hessian, solver if isinstance(solver, Gptq) else None
+                shell, opened.plan, dtype, hessian, solver if isinstance(solver, Gptq) else None
             ),
-            {"head solver": "rtn" if hessian is None else "gptq"} if prepared.plan.head else {},
+            {"head solver": "rtn" if hessian is None else "gptq"} if opened.plan.head else {},
         )
         shell.free_outside()
         release_memory()

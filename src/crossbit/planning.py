@@ -13,6 +13,7 @@ from rich.table import Table
 
 from crossbit.compat import check_recipe
 from crossbit.corpora import load_text
+from crossbit.engine.prepare import open_model
 from crossbit.engine.progress import release_memory
 from crossbit.estimate.machine import existing, held_memory
 from crossbit.estimate.probe import rates, tokenising
@@ -22,7 +23,7 @@ from crossbit.estimate.work import operations
 from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.source import resolve_model
 from crossbit.output import OutputFolder, companion_bytes
-from crossbit.pipeline import check_length, open_model, with_options
+from crossbit.pipeline import check_length, with_options
 from crossbit.recipe import Recipe
 from crossbit.runtime.loader import own_dtype
 
@@ -72,14 +73,15 @@ def plan(
     )
     config = open_config(folder.path)
     tokenizer = open_tokenizer(folder.path)
-    checkpoint, shell, planned = open_model(folder, config, chosen, "cpu")
+    opened_model = open_model(folder, config, chosen, "cpu")
+    shell, planned, weights = opened_model.shell, opened_model.plan, opened_model.weights
     dtype = dtype or own_dtype(config)
     described = describe(
         shell,
         planned,
         chosen,
         dtype,
-        source_bytes=checkpoint.nbytes,
+        source_bytes=weights.nbytes,
         companions=companion_bytes(folder.path),
     )
     if described.calibrated:
@@ -94,9 +96,7 @@ def plan(
     opened = age + time.monotonic() - began
     work_done = operations(described, characters=characters)
     kinds = {kind for amounts in work_done.values() for kind in amounts}
-    speeds = rates(
-        described, kinds, shell, checkpoint, planned, dtype, existing(output.work.parent)
-    )
+    speeds = rates(described, kinds, shell, weights, planned, dtype, existing(output.work.parent))
     speeds["characters"] = tokenising(texts[0] or texts[1], tokenizer)
     release_memory()
     found = estimate(described, held=held, rates=speeds, characters=characters)

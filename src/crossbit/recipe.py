@@ -28,9 +28,15 @@ from crossbit.recipe_training import EndToEnd as EndToEnd
 from crossbit.recipe_training import Objective as Objective
 from crossbit.recipe_training import Strict
 from crossbit.recipe_training import Training as Training
+from crossbit.recipe_transforms import AwqScale as AwqScale
+from crossbit.recipe_transforms import Cfp as Cfp
+from crossbit.recipe_transforms import CrossFold as CrossFold
+from crossbit.recipe_transforms import Fold as Fold
+from crossbit.recipe_transforms import Rotate as Rotate
+from crossbit.recipe_transforms import Smooth as Smooth
+from crossbit.recipe_transforms import Transform as Transform
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
 
 
 class WeightGrid(Strict):
@@ -94,54 +100,6 @@ class Activations(Strict):
         kind = "per_token" if self.kind == "cross_folded" else self.kind
         alpha = self.alpha if kind.startswith("cross") else 1.0
         return ActivationGrid(bits=self.bits, kind=kind, divisor=self.divisor, alpha=alpha)
-
-
-class CrossFold(Strict):
-    """CrossQuant's column factor c_j^(1-alpha), folded into the layer before."""
-
-    kind: Literal["cross_fold"] = "cross_fold"
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
-    alphas: tuple[float, ...] = DEFAULT_ALPHAS
-    weight_term: bool = True
-    fit: bool = True
-    percentile: float = Field(100.0, gt=50, le=100)
-    skip_massive: bool = True
-
-
-class Smooth(Strict):
-    """SmoothQuant (arXiv 2211.10438): f_j = max|X_j|^s / max|W_j|^(1-s)."""
-
-    kind: Literal["smooth"] = "smooth"
-    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
-    targets: Literal["norms", "all"] = "norms"
-
-
-class AwqScale(Strict):
-    """AWQ's scale search (arXiv 2306.00978): f_j = mean|X_j|^r, r searched on the output error."""
-
-    kind: Literal["awq_scale"] = "awq_scale"
-    points: int = Field(20, ge=1, le=100)
-    weight_term: bool = True
-
-
-class Cfp(Strict):
-    """CBQ's coarse-to-fine preprocessing (arXiv 2312.07950): outliers scaled, or truncated.
-
-    ``activations`` folds factors of outlier channels, ``weights`` truncates outlier weights.
-    """
-
-    kind: Literal["cfp"] = "cfp"
-    activations: bool = True
-    weights: bool = True
-    fence: float = Field(1.5, ge=0)
-    spread: float = Field(1.0, ge=0)
-    power: float = Field(0.5, ge=0, le=1)
-    gap: bool = True
-    per_channel: bool = False
-    judge: bool = False
-
-
-Transform = Annotated[CrossFold | Smooth | AwqScale | Cfp, Field(discriminator="kind")]
 
 
 class Rtn(Strict):
@@ -267,6 +225,29 @@ class Recipe(Strict):
             return cls.model_validate(data)
         except ValidationError as error:
             raise InputError(f"recipe {where}: {_explain(error)}") from None
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """The transforms that are chosen block by block; rotations are made before."""
+        return tuple(t for t in self.transforms if not isinstance(t, Rotate))
+
+    @property
+    def rotation(self) -> Rotate | None:
+        """The rotation among the transforms."""
+        return next((t for t in self.transforms if isinstance(t, Rotate)), None)
+
+    @property
+    def online(self) -> bool:
+        """True if something happens at run time that only crossbit does."""
+        rotation = self.rotation
+        return rotation is not None and (rotation.down or rotation.keys)
+
+    @property
+    def kind(self) -> Literal["plain", "online", "research"]:
+        """Who executes the result: any runtime, crossbit's own, or crossbit's evaluation alone."""
+        if self.research:
+            return "research"
+        return "online" if self.online else "plain"
 
     @property
     def research(self) -> bool:
@@ -434,6 +415,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "smooth": Smooth,
     "awq_scale": AwqScale,
     "cfp": Cfp,
+    "rotate": Rotate,
     "rtn": Rtn,
     "gptq": Gptq,
     "rounding": TrainedRounding,

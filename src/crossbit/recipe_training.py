@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Strict(BaseModel):
     """Immutable; unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_Weight = Annotated[float, Field(ge=0)]
 
 
 class Objective(Strict):
@@ -25,6 +28,9 @@ class Objective(Strict):
         norm: of the squared error, see ``crossbit.objective``.
         kl, temperature: of the divergence between hidden states.
         logits: weight of the divergence between logits in windows that end at the last block.
+        ahead: weights of the errors after 0, 1, 2, ... more blocks of the original model, which
+            stay as they are (Cross-layer Learning, CQE+, arXiv 2407.15508); [1] is no look-ahead,
+            [1, 0, 1] looks two blocks ahead. Terms beyond the last block fall on it.
     """
 
     window: int = Field(2, ge=1)
@@ -36,6 +42,14 @@ class Objective(Strict):
     kl: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     logits: float = Field(0.0, ge=0)
+    ahead: tuple[_Weight, ...] = (1.0,)
+
+    @field_validator("ahead")
+    @classmethod
+    def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or max(value) == 0:
+            raise ValueError("input should have a weight above 0, such as [1] or [1, 0, 1]")
+        return value
 
 
 _Share = Annotated[float, Field(ge=0, lt=1)]

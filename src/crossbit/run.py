@@ -11,6 +11,7 @@ from crossbit.engine.plan import ModelPlan
 from crossbit.models.source import ModelFolder
 from crossbit.models.structure import ModelStructure
 from crossbit.recipe import Recipe
+from crossbit.runtime.online import Online
 
 VERIFY_TOKENS = 512  # of text that verification compares logits on
 
@@ -25,6 +26,7 @@ class Run:
     tokenizer: Any
     structure: ModelStructure
     plan: ModelPlan
+    online: Online
     dtype: torch.dtype
     device: str
     manifest: dict[str, Any]

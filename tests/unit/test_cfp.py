@@ -456,7 +456,7 @@ class Engine:
 
     @torch.no_grad()
     def transform(self) -> list[dict[str, Any]]:
-        transforms = self.recipe.transforms
+        transforms = self.recipe.folds
         return apply_transforms(self.block, self.plan, self.states, transforms, torch.float32)
 
     def changed(self) -> set[str]:

@@ -269,6 +269,18 @@ CASES += [
             }
         ],
     ),
+    (
+        14,
+        {"activations": A8, "transforms": [{"kind": "smooth"}, {"kind": "rotate"}]},
+        ("first in the list",),
+        [{"activations": A8, "transforms": [{"kind": "rotate"}, {"kind": "smooth"}]}],
+    ),
+    (
+        15,
+        {"transforms": [{"kind": "rotate", "residual": False, "heads": False}]},
+        ("residual: true", "keys: true"),
+        [{"transforms": [{"kind": "rotate", "residual": False}]}, {}],
+    ),
 ]
 
 

@@ -175,6 +175,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "## Training": recipes.Training,
     "## End to end": recipes.EndToEnd,
     "### cfp": recipes.Cfp,
+    "### rotate": recipes.Rotate,
     "## Solver: rtn": recipes.Rtn,
     "## Solver: gptq": recipes.Gptq,
     "## Overrides": recipes.Override,

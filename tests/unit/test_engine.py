@@ -295,7 +295,7 @@ def test_transforms_fold_what_they_choose(tmp_path: Path) -> None:
         handle.remove()
     first = {s.group.name: s.column_maximum(skip_massive=True) for s in states}
     with torch.no_grad():
-        records = apply_transforms(block, plan, states, recipe.transforms, torch.float32)
+        records = apply_transforms(block, plan, states, recipe.folds, torch.float32)
         after = shell.run_block(0, hidden, kwargs)
     assert float((after - before).norm() / before.norm()) < 1e-5
     folded = [r["group"] for r in records]

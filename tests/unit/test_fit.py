@@ -82,7 +82,7 @@ def make_task(
     task = Task(
         blocks=blocks,
         read=lambda numbers: (x[numbers], [y[numbers]]),
-        loss=lambda output, targets: reconstruction_loss(output, targets[0]),
+        loss=lambda outputs, targets: reconstruction_loss(outputs[0], targets[0]),
         fitting=torch.arange(COUNT - HELD),
         held=torch.arange(COUNT - HELD, COUNT),
         length=LENGTH,
@@ -288,10 +288,10 @@ def spoilt(task: Task, when: Callable[[int], bool]) -> Loss:
     """The task's loss; training losses (from 0) that ``when`` names are not a number."""
     count = 0
 
-    def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
+    def loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
         nonlocal count
-        value = task.loss(output, targets)
-        if output.requires_grad:
+        value = task.loss(outputs, targets)
+        if outputs[0].requires_grad:
             count += 1
             if when(count - 1):
                 return value * math.nan
@@ -364,7 +364,7 @@ def test_a_rate_that_is_too_high_is_given_up() -> None:
 
 def test_a_start_that_is_not_finite_ends() -> None:
     task = make_task(make_blocks())
-    progress, _ = run(replace(task, loss=lambda output, targets: output.sum() * math.inf))
+    progress, _ = run(replace(task, loss=lambda outputs, targets: outputs[0].sum() * math.inf))
     assert not math.isfinite(progress.before)
     assert equal(hard(task.blocks), first(task.blocks))
     assert all("\n" not in event for event in progress.events)

@@ -251,7 +251,7 @@ def test_unknown_keys_name_the_nearest(data: dict[str, Any], place: str, suggest
         ({"activations": {"percentile": 50}}, ("activations.percentile", "50")),
         ({"solver": {"kind": "gtpq"}}, ("solver", "'gptq'", "'gtpq'")),
         ({"solver": {}}, ("solver", "kind")),
-        ({"transforms": [{"kind": "rotate"}]}, ("transforms.0", "'rotate'", "'cross_fold'")),
+        ({"transforms": [{"kind": "turn"}]}, ("transforms.0", "'turn'", "'cross_fold'")),
         ({"transforms": {"kind": "smooth"}}, ("transforms",)),
         ({"overrides": [{"weights": {"bits": 8}}]}, ("overrides.0.match", "required")),
         ({"ignore": "lm_head"}, ("ignore", "'lm_head'")),

@@ -27,8 +27,8 @@ ANNEAL_FROM = 0.2  # share of the steps before the regulariser of mode "sigmoid"
 
 # sequence numbers -> input [B, L, D] and the targets [B, L, D] of its output
 Read = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-# output, targets -> scalar
-Loss = Callable[[Tensor, list[Tensor]], Tensor]
+# what leaves the window and each block that looks ahead, targets -> scalar
+Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
 # blocks whose gradients are there: one step of what is trained in them
 Update = Callable[[Sequence[TrainedBlock]], None]
 
@@ -40,7 +40,7 @@ class Task:
     Attributes:
         blocks: in order.
         read: where batches come from.
-        loss: of the last block's output.
+        loss: of the last block's output, and of those that look ahead.
         fitting: numbers int64 of the sequences to train on.
         held: numbers of those that judge.
         length: tokens of a sequence.
@@ -50,6 +50,7 @@ class Task:
         seed: of the order of batches.
         tokens: at most as many go through the blocks at once (a sequence at least).
         checkpointed: keep only what enters each block, and run it again for its gradient.
+        ahead: original blocks after the window, frozen, that its output goes through.
     """
 
     blocks: Sequence[TrainedBlock]
@@ -64,6 +65,7 @@ class Task:
     seed: int
     tokens: int = 4096
     checkpointed: bool = False
+    ahead: Sequence[Callable[[Tensor], Tensor]] = ()
 
     @property
     def steps_an_epoch(self) -> int:
@@ -340,7 +342,7 @@ def _through_inputs(task: Task, batch: Tensor, update: Update) -> float:
     for part, x, (_, targets) in zip(parts, states.pop(), read, strict=True):
         with torch.enable_grad():
             output = x.requires_grad_()
-            loss = task.loss(output, targets) * (part.numel() / batch.numel())
+            loss = task.loss([output], targets) * (part.numel() / batch.numel())
             loss.backward()  # type: ignore[no-untyped-call]
         value += float(loss.detach())
         gradients.append(output.grad)
@@ -373,7 +375,10 @@ def _loss(task: Task, batch: Tensor) -> Tensor:
     x, targets = task.read(batch)
     for block in task.blocks:
         x = block.run(x)
-    return task.loss(x, targets)
+    outputs = [x]
+    for run in task.ahead:
+        outputs.append(run(outputs[-1]))
+    return task.loss(outputs, targets)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crossbit.engine.plan import ModelPlan
-from crossbit.models.checkpoint import Checkpoint
+from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.recipe import Activations, Gptq, Recipe, Rtn
 from crossbit.runtime.install import QuantizedLayer
@@ -35,7 +35,7 @@ class Job:
     """
 
     shell: Shell
-    checkpoint: Checkpoint
+    checkpoint: Weights
     plan: ModelPlan
     recipe: Recipe
     ids: Tensor | None
@@ -55,7 +55,7 @@ def needs_calibration(recipe: Recipe) -> bool:
     """True if some choice of the recipe looks at activations."""
     activations = [recipe.activations, *(o.activations for o in recipe.overrides)]
     return (
-        bool(recipe.transforms)
+        bool(recipe.folds)
         or recipe.trains
         or any(
             isinstance(s, Gptq) or (isinstance(s, Rtn) and s.clip == "awq")

@@ -73,7 +73,7 @@ def open_block(
         states = _empty_states(job, plan)
         wanted = _observe(job, index, block, states, entering, target)
         release_memory()
-    folds = apply_transforms(block, plan, states, job.recipe.transforms, job.dtype)
+    folds = apply_transforms(block, plan, states, job.recipe.folds, job.dtype)
     solved = solve_block(block, plan, states)
     starts = _starts(block, plan, solved, states)
     layers = _layers(plan, solved, states)
@@ -91,7 +91,7 @@ def open_block(
 def _empty_states(job: Job, plan: BlockPlan) -> list[GroupState]:
     assert job.ids is not None
     percentile = 100.0
-    for config in (*job.recipe.transforms, job.recipe.activations):
+    for config in (*job.recipe.folds, job.recipe.activations):
         if isinstance(config, CrossFold | Activations):
             percentile = min(percentile, config.percentile)
     fitting = (job.ids.shape[0] - job.held_out) * job.ids.shape[1]
@@ -101,7 +101,7 @@ def _empty_states(job: Job, plan: BlockPlan) -> list[GroupState]:
         return layer is not None and isinstance(layer.solver, Gptq)
 
     activations = [layer.activation_config for layer in plan.layers.values()]
-    ranges = bool(job.recipe.transforms) or any(a and calibrated(a) for a in activations)
+    ranges = bool(job.recipe.folds) or any(a and calibrated(a) for a in activations)
     return make_states(
         plan.structure, percentile=percentile, tokens=fitting, ranges=ranges, hessian=hessian
     )
@@ -109,7 +109,7 @@ def _empty_states(job: Job, plan: BlockPlan) -> list[GroupState]:
 
 def _wants_sample(job: Job) -> bool:
     """Transforms and AWQ's clip search compare outputs on held-out activations."""
-    return bool(job.recipe.transforms) or any(
+    return bool(job.recipe.folds) or any(
         isinstance(s, Rtn) and s.clip == "awq" for s in job.recipe.first_solvers
     )
 

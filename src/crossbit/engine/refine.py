@@ -90,8 +90,8 @@ def _tune(
     if teacher is None:
         raise WorkError(f"{work.path}: the teacher's activations are missing; start afresh")
 
-    def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
-        return hidden_logit_kl(job.shell, output, targets[0], settings.temperature)
+    def loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+        return hidden_logit_kl(job.shell, outputs[0], targets[0], settings.temperature)
 
     job.shell.load_outside(job.checkpoint, job.dtype)
     task = make_task(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
 from crossbit.models.structure import NormSource, RowSource
-from crossbit.recipe import AwqScale, Cfp, CrossFold, Smooth, Transform
+from crossbit.recipe import AwqScale, Cfp, CrossFold, Fold, Smooth
 from crossbit.transforms import awq_scale, cfp, cross_fold, smooth
 from crossbit.transforms.fold import fold
 from crossbit.transforms.search import FoldChoice, FoldProblem
@@ -34,7 +34,7 @@ def apply_transforms(
     block: nn.Module,
     plan: BlockPlan,
     states: Sequence[GroupState],
-    transforms: Sequence[Transform],
+    transforms: Sequence[Fold],
     stored: torch.dtype,
 ) -> list[dict[str, Any]]:
     """Fold every transform into the block, in order.
@@ -43,7 +43,7 @@ def apply_transforms(
         block: float32 linear weights; other parameters in the dtype they will be stored in.
         plan: grids of its layers.
         states: statistics of its groups; they are rescaled along with the fold.
-        transforms: from the recipe.
+        transforms: the recipe's folds.
         stored: dtype of norm gains and biases in the export.
 
     Returns:

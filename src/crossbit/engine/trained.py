@@ -23,6 +23,7 @@ from crossbit.grid import QTensor
 from crossbit.recipe import TrainedRounding
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.linear import SharedInput
+from crossbit.runtime.online import carry
 from crossbit.solvers.rounding import (
     Rounding,
     RoundingChoice,
@@ -204,7 +205,8 @@ def with_states(
     layers = {}
     for name, state in states.items():
         layer = replace(opened.layers[name], clip=clips.get(name))
-        bias = getattr(module.get_submodule(name), "bias", None)
+        linear = module.get_submodule(name)
+        bias = getattr(linear, "bias", None)
         layers[name] = TrainedLinear(
             state,
             layer.qtensor,
@@ -213,6 +215,7 @@ def with_states(
             shared[name],
             frozen=plan.layers[name].rounding is None,
         )
+        carry(linear, layers[name])
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layers[name])
     module.to(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of, materialised
 from crossbit.engine.workdir import WorkDir
-from crossbit.objective import homologous
+from crossbit.objective import homologous, reconstruction_loss, terms_ahead
 from crossbit.recipe import Training
 from crossbit.windows import Window
 
@@ -78,8 +78,13 @@ def train_window(
         interrupted: where a killed run was.
     """
     started = time.monotonic()
+    length = streams.entering.shape[1]
     objective = job.recipe.objective
+    terms = terms_ahead(objective.ahead, job.shell.num_blocks - window.stop)
     targets = [streams.teacher]
+    for depth in range(1, len(terms)):
+        index = window.stop - 1 + depth
+        targets.append(through_original(job, work, index, targets[-1], f"ahead-{depth}"))
     if objective.homologous:
         targets.append(_homologous(job, work, window, streams.entering))
     logits = bool(objective.logits) and window.stop == job.shell.num_blocks
@@ -91,14 +96,15 @@ def train_window(
         blocks,
         streams.entering,
         targets,
-        loss=_loss(job, logits),
+        loss=_loss(job, logits, terms),
         settings=job.recipe.training,
         steps={n: _trains_steps(job, b.index, n) for b in blocks for n, _ in layers_of([b])},
+        ahead=[_frozen(job, window.stop + n, length) for n in range(len(terms) - 1)],
     )
     progress = train(work, window, task, reporter, interrupted)
     if logits:
         job.shell.free_outside()
-    for name in ("homologous-0", "homologous-1"):
+    for name in (*work.names("homologous-"), *work.names("ahead-")):
         work.drop(name)
     release_memory()
     return described(window, progress, started)
@@ -115,6 +121,7 @@ def make_task(
     settings: Training,
     steps: dict[str, bool],
     checkpointed: bool = False,
+    ahead: Sequence[Callable[[Tensor], Tensor]] = (),
 ) -> Task:
     """What blocks are trained on, from files: see ``Task``.
 
@@ -124,7 +131,7 @@ def make_task(
         blocks: those, opened.
         entering: activations that enter the first.
         targets: what should leave the last.
-        loss, settings, steps, checkpointed: of the task.
+        loss, settings, steps, checkpointed, ahead: of the task.
     """
     count, held = entering.shape[0], job.held_out
 
@@ -147,6 +154,7 @@ def make_task(
         dtype=job.dtype,
         seed=job.recipe.calibration.seed * 65_537 + window.index,
         checkpointed=checkpointed,
+        ahead=ahead,
     )
 
 
@@ -185,22 +193,47 @@ def _trains_steps(job: Job, block: int, name: str) -> bool:
     return rounding is not None and rounding.steps
 
 
-def _loss(job: Job, logits: bool) -> Loss:
-    objective = job.recipe.objective
+def _frozen(job: Job, index: int, length: int) -> Callable[[Tensor], Tensor]:
+    """An original block that only passes gradients on."""
+    block = job.shell.load_block(index, job.checkpoint, job.dtype)
+    job.checkpoint.close()
+    job.shell.free_block(index)
+    kwargs = job.shell.block_kwargs(length, job.dtype)[index]
 
-    def loss(output: Tensor, targets: list[Tensor]) -> Tensor:
-        total = homologous(
-            output,
-            targets[0],
-            targets[-1],  # the first again without a homologous one, whose weight is 0 then
-            weight=objective.homologous,
-            norm=objective.norm,
-            kl=objective.kl,
-            temperature=objective.temperature,
-        )
+    def run(hidden: Tensor) -> Tensor:
+        out = block(hidden, **kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    return run
+
+
+def _loss(job: Job, logits: bool, terms: Sequence[float]) -> Loss:
+    """See ``Objective``; ``terms`` weigh the outputs, whose targets come in their order."""
+    objective = job.recipe.objective
+    options: dict[str, Any] = {
+        "norm": objective.norm,
+        "kl": objective.kl,
+        "temperature": objective.temperature,
+    }
+
+    def loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+        parts = []
+        for depth, (weight, output) in enumerate(zip(terms, outputs, strict=True)):
+            if not weight:
+                continue
+            if depth:
+                found = reconstruction_loss(output, targets[depth], **options)
+            else:  # the last target is the homologous one, if that has a weight
+                share = objective.homologous
+                found = homologous(output, targets[0], targets[-1], weight=share, **options)
+            parts.append(found if weight == 1 else weight * found)
         if logits:
-            found = hidden_logit_kl(job.shell, output, targets[0], objective.temperature)
-            total = total + objective.logits * found
+            found = hidden_logit_kl(job.shell, outputs[0], targets[0], objective.temperature)
+            parts.append(objective.logits * found)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
         return total
 
     return loss

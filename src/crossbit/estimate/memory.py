@@ -134,9 +134,7 @@ def _sample_rows(d: Description) -> int:
 
 
 def _fits(d: Description) -> bool:
-    return any(
-        isinstance(t, CrossFold) and t.fit and t.alpha == "search" for t in d.recipe.transforms
-    )
+    return any(isinstance(t, CrossFold) and t.fit and t.alpha == "search" for t in d.recipe.folds)
 
 
 def _fitting_rows(d: Description, group: GroupShape) -> int:
@@ -185,7 +183,7 @@ def _open(d: Description, block: BlockShape) -> float:
         + taken
     )
     folded = whole + _statistics(d, block) + max((_fold(d, g) for g in block.groups), default=0.0)
-    return max(copied, observed, folded if d.recipe.transforms else 0.0)
+    return max(copied, observed, folded if d.recipe.folds else 0.0)
 
 
 def _fold(d: Description, group: GroupShape) -> float:
@@ -197,7 +195,7 @@ def _fold(d: Description, group: GroupShape) -> float:
     largest = max(layer.weights for layer in group.layers)
     largest_rows = max(layer.rows for layer in group.layers)
     kept = FLOAT * group.columns * (2 * _sample_rows(d) + rows)
-    if not any(isinstance(t, CrossFold | Smooth | AwqScale) for t in d.recipe.transforms):
+    if not any(isinstance(t, CrossFold | Smooth | AwqScale) for t in d.recipe.folds):
         return kept + FOLD * largest
     # References of all layers; a candidate's output, its difference and the float64 copy.
     search = FLOAT * rows * columns + ROUND_TRIP * largest

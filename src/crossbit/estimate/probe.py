@@ -26,7 +26,8 @@ from crossbit.estimate.shapes import Description
 from crossbit.estimate.work import ATTENTION_BACKWARD, KINDS, attention, flops, gptq_flops
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.grid import Grid, QTensor
-from crossbit.models.checkpoint import Checkpoint, count_nonfinite
+from crossbit.models.checkpoint import count_nonfinite
+from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.objective import logit_kl
 from crossbit.packing import pack, unpack
@@ -70,7 +71,7 @@ class Probe:
         self,
         description: Description,
         shell: Shell,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         plan: ModelPlan,
         dtype: torch.dtype,
         place: Path,
@@ -352,7 +353,7 @@ def rates(
     description: Description,
     kinds: Iterable[str],
     shell: Shell,
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     plan: ModelPlan,
     dtype: torch.dtype,
     place: Path,

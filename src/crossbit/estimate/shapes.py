@@ -443,14 +443,14 @@ def wants_ranges(recipe: Recipe) -> bool:
     """Column maxima and means are kept (``engine.opening``)."""
     activations = [recipe.activations, *(o.activations for o in recipe.overrides)]
     static = ("per_tensor_static", "cross_static", "cross_static_clip")
-    return bool(recipe.transforms) or any(
+    return bool(recipe.folds) or any(
         isinstance(a, Activations) and a.kind in static for a in activations
     )
 
 
 def wants_sample(recipe: Recipe) -> bool:
     """Held-out inputs are kept for searches (``engine.opening``)."""
-    return bool(recipe.transforms) or any(
+    return bool(recipe.folds) or any(
         isinstance(s, Rtn) and s.clip == "awq" for s in recipe.first_solvers
     )
 

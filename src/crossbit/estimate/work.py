@@ -164,7 +164,7 @@ def _open(d: Description, block: BlockShape, work: defaultdict[str, float]) -> N
             work["ranges"] += fitting * group.share * group.columns
         if group.hessian:
             work["hessian"] += tokens * group.share * group.columns**2
-    for transform in d.recipe.transforms:
+    for transform in d.recipe.folds:
         for group in block.groups:
             _fold(d, group, transform, work)
 

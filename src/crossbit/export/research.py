@@ -21,12 +21,19 @@ COLUMNS = "input_columns"  # calibrated column maxima, float32 [K]
 CLIP = "input_clip"  # factor of the row maximum, float32 [1]
 
 
-def wrap(config: dict[str, Any], activations: dict[str, ActivationGrid]) -> dict[str, Any]:
-    """The config.json of a research folder.
+def wrap(
+    config: dict[str, Any],
+    activations: dict[str, ActivationGrid],
+    kind: str = "research",
+    online: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The config.json of a folder that only crossbit runs.
 
     Args:
         config: the model's config, quantization_config included.
         activations: module name in the file -> grid of its input.
+        kind: "research", or "online" where all but the run-time operations is plain.
+        online: those (``runtime.online.Online.to_json``).
     """
     kinds: list[ActivationGrid] = []
     for grid in activations.values():
@@ -35,8 +42,9 @@ def wrap(config: dict[str, Any], activations: dict[str, ActivationGrid]) -> dict
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["CrossbitResearchModel"],
-        "crossbit_kind": "research",
+        "crossbit_kind": kind,
         "crossbit_config": config,
+        "crossbit_online": online or {},
         "crossbit_activation_grids": [asdict(grid) for grid in kinds],
         "crossbit_activations": {n: kinds.index(g) for n, g in sorted(activations.items())},
     }
@@ -60,6 +68,13 @@ def model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(inner, dict):
         raise InputError(f"{folder / 'config.json'}: damaged, crossbit_config is missing")
     return inner
+
+
+def online_content(folder: Path) -> dict[str, Any]:
+    """What happens at run time, as ``wrap`` was given it; empty for other folders."""
+    config = read_config(folder)
+    found = config.get("crossbit_online", {}) if is_research(config) else {}
+    return found if isinstance(found, dict) else {"damaged": found}
 
 
 def activation_grids(folder: Path) -> dict[str, ActivationGrid]:

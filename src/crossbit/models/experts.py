@@ -38,6 +38,19 @@ class TensorSource(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
 
+class Weights(TensorSource, Protocol):
+    """A tensor source over files."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        ...
+
+    def close(self) -> None:
+        """Close the files; they are opened again when a tensor is asked for."""
+        ...
+
+
 class Expert(nn.Module):
     """down_proj(act(gate_proj(x)) * up_proj(x)) for the tokens routed to one expert."""
 

@@ -10,7 +10,7 @@ written down twice and `embed -> run_block ... -> logits` computes what the mode
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -113,6 +113,8 @@ class Shell:
         structure: its `ModelStructure`.
         attn: the attention implementation in use.
         device: where tensors are materialised.
+        dress: called with the index and module of every block that is loaded, to add what it does
+            at run time beside its layers; None adds nothing.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Shell:
         self._empty: list[nn.Module] = list(self._blocks.children())
         self._kwargs: dict[tuple[int, torch.dtype], list[dict[str, Any]]] = {}
         self._outside_dtype: torch.dtype | None = None
+        self.dress: Callable[[int, nn.Module], None] | None = None
 
     @property
     def _blocks(self) -> nn.ModuleList:
@@ -266,6 +269,8 @@ class Shell:
             assert tensor is not None
             # A copy: a checkpoint may hand out views of its own memory, and folds work in place.
             _set_parameter(block, name, tensor.to(self.device, dtype, copy=True))
+        if self.dress is not None:
+            self.dress(index, block)
         self._blocks[index] = block
         return block
 

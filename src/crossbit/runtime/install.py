@@ -12,6 +12,7 @@ from crossbit.activations.grid import ActivationGrid
 from crossbit.grid import QTensor
 from crossbit.models.structure import BlockStructure
 from crossbit.runtime.linear import Execution, QuantLinear, SharedInput
+from crossbit.runtime.online import carry
 
 
 @dataclass(frozen=True)
@@ -65,4 +66,5 @@ def install(
             clip=None if layer.clip is None else float(layer.clip),
         )
         parent, _, child = name.rpartition(".")
+        carry(linear, replacement)
         setattr(block.get_submodule(parent), child, replacement.to(device))

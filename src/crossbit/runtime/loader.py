@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from crossbit.export.reader import QuantizedCheckpoint, is_quantized
-from crossbit.export.research import is_research, model_config
+from crossbit.export.research import is_research, model_config, online_content
 from crossbit.grid import QTensor
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import checkpoint_name
@@ -24,6 +24,7 @@ from crossbit.models.shell import Shell
 from crossbit.models.validate import read_config
 from crossbit.runtime.install import QuantizedLayer, install
 from crossbit.runtime.linear import Execution
+from crossbit.runtime.online import Online
 
 
 class BlockSource:
@@ -115,6 +116,9 @@ def open_blocks(
     shell = Shell(config, attn=attn, device=device)
     if is_quantized(folder):
         quantized = QuantizedCheckpoint(folder)
+        online = online_content(folder)
+        if online:
+            Online.of_json(online).dress(shell)
         return BlockSource(
             shell, quantized, dtype, quantized=quantized, execution=execution, divisor=divisor
         )

@@ -1,0 +1,77 @@
+"""The stage before the loop: the model opened, checked, and rewritten as a whole.
+
+Rotations need every block at once in principle and none in memory: the rotated model is a view of
+the files (``transforms.rotation``), which the loop reads block by block like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from crossbit.compat import check_model
+from crossbit.engine.plan import ModelPlan, make_plan
+from crossbit.models.checkpoint import Checkpoint
+from crossbit.models.experts import Weights
+from crossbit.models.shell import Shell
+from crossbit.models.source import ModelFolder
+from crossbit.recipe import Recipe, Rotate
+from crossbit.runtime.online import Online
+from crossbit.transforms.rotation import RotatedCheckpoint, plan_rotation, untied
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model without its weights, and where they come from.
+
+    Attributes:
+        files: the weights as they are stored.
+        weights: the weights that are quantized, rotated where the recipe rotates.
+        shell: the empty model that they belong to.
+        plan: grids and solvers.
+        online: what happens at run time.
+        notes: what the user should know.
+    """
+
+    files: Checkpoint
+    weights: Weights
+    shell: Shell
+    plan: ModelPlan
+    online: Online
+    notes: tuple[str, ...] = ()
+
+
+def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) -> OpenModel:
+    """The model without its weights, checked against its files and the recipe.
+
+    Raises:
+        InputError: files, config and recipe do not belong together.
+    """
+    files = Checkpoint(folder.path)
+    shell = Shell(config, device=device)
+    shell.check(files)
+    weights: Weights = files
+    online = Online()
+    notes: tuple[str, ...] = ()
+    if recipe.rotation is not None:
+        weights, shell, online, notes = _rotate(files, shell, config, recipe.rotation, device)
+    check_model(recipe, shell.structure)
+    width = int(shell.model.get_submodule(shell.structure.embedding).embedding_dim)
+    plan = make_plan(shell.structure, recipe, width)
+    online.dress(shell)
+    return OpenModel(files, weights, shell, plan, online, notes)
+
+
+def _rotate(
+    files: Checkpoint, shell: Shell, config: Any, rotate: Rotate, device: str
+) -> tuple[RotatedCheckpoint, Shell, Online, tuple[str, ...]]:
+    plan = plan_rotation(shell, rotate)
+    notes = plan.notes
+    if plan.residual and shell.structure.tied:
+        head = shell.model.get_submodule(shell.structure.embedding).weight
+        notes += (
+            "the rotation unties the head from the embedding: a matrix of "
+            f"{head.shape[0]} x {head.shape[1]} more to store",
+        )
+        shell = Shell(untied(config), device=device)
+    return RotatedCheckpoint(files, shell, plan), shell, Online(plan.online), notes

@@ -1,0 +1,75 @@
+"""The transform axis of a recipe: rewrites of the model before its weights are rounded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from crossbit.recipe_training import Strict
+
+DEFAULT_ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
+
+
+class CrossFold(Strict):
+    """CrossQuant's column factor c_j^(1-alpha), folded into the layer before."""
+
+    kind: Literal["cross_fold"] = "cross_fold"
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    alphas: tuple[float, ...] = DEFAULT_ALPHAS
+    weight_term: bool = True
+    fit: bool = True
+    percentile: float = Field(100.0, gt=50, le=100)
+    skip_massive: bool = True
+
+
+class Smooth(Strict):
+    """SmoothQuant (arXiv 2211.10438): f_j = max|X_j|^s / max|W_j|^(1-s)."""
+
+    kind: Literal["smooth"] = "smooth"
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+    targets: Literal["norms", "all"] = "norms"
+
+
+class AwqScale(Strict):
+    """AWQ's scale search (arXiv 2306.00978): f_j = mean|X_j|^r, r searched on the output error."""
+
+    kind: Literal["awq_scale"] = "awq_scale"
+    points: int = Field(20, ge=1, le=100)
+    weight_term: bool = True
+
+
+class Cfp(Strict):
+    """CBQ's coarse-to-fine preprocessing (arXiv 2312.07950): outliers scaled, or truncated.
+
+    ``activations`` folds factors of outlier channels, ``weights`` truncates outlier weights.
+    """
+
+    kind: Literal["cfp"] = "cfp"
+    activations: bool = True
+    weights: bool = True
+    fence: float = Field(1.5, ge=0)
+    spread: float = Field(1.0, ge=0)
+    power: float = Field(0.5, ge=0, le=1)
+    gap: bool = True
+    per_channel: bool = False
+    judge: bool = False
+
+
+class Rotate(Strict):
+    """Hadamard rotations (QuaRot, arXiv 2404.00456). See ``crossbit.transforms.rotation``.
+
+    ``residual`` and ``heads`` fold into the weights. ``down`` (input of down_proj) and ``keys``
+    (queries and keys, for a quantized cache) happen at run time, which only crossbit does.
+    """
+
+    kind: Literal["rotate"] = "rotate"
+    residual: bool = True
+    heads: bool = True
+    down: bool = False
+    keys: bool = False
+    seed: int = Field(0, ge=0, lt=1 << 63)
+
+
+Fold = CrossFold | Smooth | AwqScale | Cfp
+Transform = Annotated[Fold | Rotate, Field(discriminator="kind")]
