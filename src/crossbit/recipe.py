@@ -126,21 +126,36 @@ class Gptq(Strict):
         return self.model_dump(exclude={"kind"})
 
 
+class Expansion(Strict):
+    """Training along a weight's singular directions: LSI and SDE. See ``solvers.expansion``.
+
+    ``width`` is that of a band beside the diagonal, of a block, or of a square; ``rank`` keeps the
+    leading directions.
+    """
+
+    kind: Literal["diagonal", "band", "blocks", "square", "full"] = "band"
+    width: int = Field(8, ge=0)
+    rank: int | None = Field(None, ge=1)
+
+
 class TrainedRounding(Strict):
     """Rounding trained on the objective: LoRA-Rounding, AdaRound. See ``solvers.rounding``.
 
     ``start`` makes the codes to begin with; ``steps`` says whether the weights' steps are trained
-    too (weight clipping).
+    too, and ``limits`` how: each by a factor, or as shares of its group's range (LWC of OmniQuant).
+    With parameter "none" they and the expansion are all that is trained.
     """
 
     kind: Literal["rounding"] = "rounding"
     start: Annotated[Rtn | Gptq, Field(discriminator="kind")] = Gptq()
     base: Literal["frac", "zero"] = "frac"
-    parameter: Literal["full", "low_rank"] = "full"
+    parameter: Literal["full", "low_rank", "none"] = "full"
     mode: Literal["straight_through", "sigmoid"] = "straight_through"
     rank: int = Field(5, ge=1)
     reach: float = Field(1.0, gt=0)
     steps: bool = True
+    limits: Literal["step", "range"] = "step"
+    expansion: Expansion | None = None
 
 
 Solver = Annotated[Rtn | Gptq | TrainedRounding, Field(discriminator="kind")]
@@ -419,6 +434,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "rtn": Rtn,
     "gptq": Gptq,
     "rounding": TrainedRounding,
+    "expansion": Expansion,
     "objective": Objective,
     "training": Training,
     "end_to_end": EndToEnd,

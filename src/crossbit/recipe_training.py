@@ -59,6 +59,8 @@ _Exponent = Annotated[float, Field(ge=1)]
 class Training(Strict):
     """How it is minimised. Rates are Adam's: ``rounding`` in steps, ``step`` in log steps.
 
+    ``range`` is that of the shares of limits "range"; ``expansion`` that along singular directions,
+    for a diagonal; wider masks get less (``solvers.expansion.learning_rate_scale``).
     ``clip`` is that of the factors of activations ``per_token_clip``, of which 1 is no clipping.
     ``regulariser`` and ``beta`` belong to mode "sigmoid": its weight, and its exponent at the start
     and at the end of annealing, which begins after a fifth of the steps.
@@ -68,6 +70,8 @@ class Training(Strict):
     batch: int = Field(4, ge=1)
     rounding: float = Field(1e-2, gt=0)
     step: float = Field(1e-3, ge=0)
+    range: float = Field(1e-2, ge=0)
+    expansion: float = Field(1e-3, ge=0)
     clip: float = Field(1e-3, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -83,5 +87,7 @@ class EndToEnd(Training):
     epochs: int = Field(1, ge=0)
     rounding: float = Field(1e-3, gt=0)
     step: float = Field(1e-4, ge=0)
+    range: float = Field(1e-3, ge=0)
+    expansion: float = Field(1e-4, ge=0)
     clip: float = Field(1e-4, ge=0)
     temperature: float = Field(1.0, gt=0)

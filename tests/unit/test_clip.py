@@ -27,7 +27,8 @@ from crossbit.objective import reconstruction_loss
 from crossbit.recipe import Training
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.linear import QuantLinear, SharedInput
-from crossbit.solvers.rounding import RoundingChoice, start_rounding
+from crossbit.solvers.rounding import start_rounding
+from crossbit.solvers.rounding_state import RoundingChoice
 from crossbit.solvers.rtn import rtn
 
 CLIPPED, PLAIN = ActivationGrid(4, "per_token_clip"), ActivationGrid(4, "per_token")

@@ -171,6 +171,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "### smooth": recipes.Smooth,
     "### awq_scale": recipes.AwqScale,
     "## Solver: rounding": recipes.TrainedRounding,
+    "## Expansion": recipes.Expansion,
     "## Objective": recipes.Objective,
     "## Training": recipes.Training,
     "## End to end": recipes.EndToEnd,

@@ -33,7 +33,8 @@ from crossbit.objective import reconstruction_loss
 from crossbit.recipe import Training
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.linear import SharedInput
-from crossbit.solvers.rounding import RoundingChoice, start_rounding
+from crossbit.solvers.rounding import start_rounding
+from crossbit.solvers.rounding_state import RoundingChoice
 from crossbit.solvers.rtn import rtn
 from crossbit.windows import Window
 

@@ -28,7 +28,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("activations", "recipe_transforms"),
     ("recipe", "models", "corpora", "solvers", "report", "engine.progress"),
-    ("transforms", "compat", "engine.plan", "runtime.linear", "runtime.install", "runtime.online"),
+    (
+        *("transforms", "compat", "engine.plan", "runtime.linear", "runtime.install"),
+        *("runtime.online", "runtime.attention"),
+    ),
     ("engine", "export", "run"),
     ("runtime", "output"),
     ("evaluation", "verification"),
@@ -43,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 CHOICES = {
     "transforms": {"search", "column_fit"},
     "activations": {"grid", "quantize", "kernel"},
-    "solvers": {"hessian", "rtn"},
+    "solvers": {"hessian", "rtn", "expansion", "rounding_state"},
     "report": {"values", "plots", "analysis", "html"},
 }
 

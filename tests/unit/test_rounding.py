@@ -20,11 +20,7 @@ from crossbit.solvers.rounding import (
     GAMMA,
     REENTRY,
     ZETA,
-    Mode,
-    Rounding,
-    RoundingChoice,
     continuous_start,
-    effective_scale,
     fake_weight,
     harden,
     limit,
@@ -33,6 +29,7 @@ from crossbit.solvers.rounding import (
     regularisation,
     start_rounding,
 )
+from crossbit.solvers.rounding_state import Mode, Rounding, RoundingChoice, effective_scale
 from crossbit.solvers.rtn import rtn
 
 MODES: tuple[Mode, ...] = ("straight_through", "sigmoid")

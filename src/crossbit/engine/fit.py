@@ -25,6 +25,9 @@ from crossbit.solvers.rounding import limit, pull_back
 RISING = 1.5  # a held-out loss this many times the best one is a run that diverges
 ANNEAL_FROM = 0.2  # share of the steps before the regulariser of mode "sigmoid" begins
 
+_STEPS = ("step", "low", "high")
+_EXPANSION = ("expansion", "square")
+
 # sequence numbers -> input [B, L, D] and the targets [B, L, D] of its output
 Read = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 # what leaves the window and each block that looks ahead, targets -> scalar
@@ -129,14 +132,22 @@ class Optimiser:
     """
 
     def __init__(self, task: Task) -> None:
-        self._rates = {"step": task.settings.step, "clip": task.settings.clip}
-        self._default = task.settings.rounding
+        settings = task.settings
+        self._rates = {
+            "step": settings.step,
+            "low": settings.range,
+            "high": settings.range,
+            "expansion": settings.expansion,
+            "square": settings.expansion,
+            "clip": settings.clip,
+        }
+        self._default = settings.rounding
         self.each: dict[str, torch.optim.AdamW] = {}
         self.keys: dict[str, list[str]] = {}
         for name, layer in layers_of(task.blocks):
             if layer.frozen:
                 continue
-            keys = [k for k in layer.state.parameters if k != "step" or task.steps[name]]
+            keys = [k for k in layer.state.parameters if k not in _STEPS or task.steps[name]]
             self._add(name, {k: layer.state.parameters[k] for k in keys}, task.settings)
         if task.settings.clip:
             for name, clip in clips_of(task.blocks, trained=True).items():
@@ -158,7 +169,8 @@ class Optimiser:
         """One step of a layer; learning rates times ``factor``."""
         optimiser, parameters = self.each[name], layer.state.parameters
         for group, key in zip(optimiser.param_groups, self.keys[name], strict=True):
-            group["lr"] = factor * self._rates.get(key, self._default)
+            share = layer.state.expansion_rate if key in _EXPANSION else 1.0
+            group["lr"] = factor * share * self._rates.get(key, self._default)
             parameters[key].grad = gradients[key]
         optimiser.step()
         for parameter in parameters.values():

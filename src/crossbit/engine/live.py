@@ -14,7 +14,8 @@ from crossbit.engine.opening import OpenBlock
 from crossbit.engine.trained import TrainedBlock, clips_of, layers_of, with_states
 from crossbit.grid import QTensor
 from crossbit.runtime.install import QuantizedLayer
-from crossbit.solvers.rounding import Rounding, RoundingChoice
+from crossbit.solvers.expansion import Basis, ExpansionChoice
+from crossbit.solvers.rounding_state import Rounding, RoundingChoice
 
 
 def parameters_of(blocks: Sequence[TrainedBlock]) -> dict[str, Tensor]:
@@ -42,6 +43,8 @@ def pack(blocks: Sequence[TrainedBlock]) -> tuple[dict[str, Tensor], dict[str, A
             "static_scale": layer.static_scale,
             "columns": layer.columns,
         }
+        if layer.state.basis is not None:
+            found |= {f"basis_{k}": t for k, t in vars(layer.state.basis).items()}
         tensors.update({f"layer/{name}/{k}": t for k, t in found.items() if t is not None})
         layers[name] = {
             "choice": asdict(layer.state.choice),
@@ -52,6 +55,13 @@ def pack(blocks: Sequence[TrainedBlock]) -> tuple[dict[str, Tensor], dict[str, A
         for key, parameter in block.module.named_parameters():
             tensors[f"module/{block.index}/{key}"] = parameter
     return tensors, {"layers": layers, "blocks": {str(b.index): b.record for b in blocks}}
+
+
+def choice_from(record: dict[str, Any]) -> RoundingChoice:
+    """The choice that ``dataclasses.asdict`` took apart."""
+    expansion = record.get("expansion")
+    found = None if expansion is None else ExpansionChoice(**expansion)
+    return RoundingChoice(**{**record, "expansion": found})
 
 
 def unpack(job: Job, tensors: dict[str, Tensor], record: dict[str, Any]) -> list[TrainedBlock]:
@@ -87,7 +97,8 @@ def _block(
             get("columns"),
             tensors.get(f"parameter/clips/{index}/{name}"),
         )
-        choice = RoundingChoice(**known[f"{index}/{name}"]["choice"])
+        choice = choice_from(known[f"{index}/{name}"]["choice"])
+        basis = {k: get(f"basis_{k}") for k in ("u", "vt", "s")}
         prefix = f"parameter/{index}/{name}/"
         states[name] = Rounding(
             weight,
@@ -96,6 +107,7 @@ def _block(
             layer.weights,
             choice,
             {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
+            None if choice.expansion is None else Basis(**basis),  # type: ignore[arg-type]
         )
     length = 0 if job.ids is None else job.ids.shape[1]
     kwargs = job.shell.block_kwargs(length, job.dtype)[index]

@@ -24,13 +24,9 @@ from crossbit.recipe import TrainedRounding
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.linear import SharedInput
 from crossbit.runtime.online import carry
-from crossbit.solvers.rounding import (
-    Rounding,
-    RoundingChoice,
-    fake_weight,
-    harden,
-    start_rounding,
-)
+from crossbit.solvers.expansion import ExpansionChoice
+from crossbit.solvers.rounding import fake_weight, harden, start_rounding
+from crossbit.solvers.rounding_state import Rounding, RoundingChoice, forget_moved
 
 
 class TrainedLinear(nn.Module):
@@ -153,8 +149,15 @@ def choice_of(rounding: TrainedRounding | None) -> RoundingChoice:
     """The parametrisation that a recipe asks for; the plainest for a layer that is not trained."""
     if rounding is None:
         return RoundingChoice()
+    expansion = rounding.expansion
     return RoundingChoice(
-        rounding.base, rounding.parameter, rounding.mode, rounding.rank, rounding.reach
+        rounding.base,
+        rounding.parameter,
+        rounding.mode,
+        rounding.rank,
+        rounding.reach,
+        rounding.limits,
+        None if expansion is None else ExpansionChoice(**expansion.model_dump()),
     )
 
 
@@ -300,5 +303,6 @@ def materialised(
     finally:
         for _, layer in layers_of(blocks):
             layer.weight = None
+            forget_moved(layer.state)
         for clip in clips_of(blocks).values():
             clip.requires_grad_(False).grad = None

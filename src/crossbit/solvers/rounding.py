@@ -15,9 +15,15 @@ where the offset o, in steps, is what is trained. Three choices make the methods
   ``sigmoid`` replaces round(u) by floor(W / s) + h, h = clip(1.2 sigmoid(V) - 0.1, 0, 1), the
   rectified sigmoid, which a regulariser drives to 0 or 1.
 
-The steps can be trained with it, as a factor exp(rho) on each. They are rounded to the dtype in
-which they will be stored before they are used, so a hardened weight is the one that was trained.
-Steps of a signed grid may be negative: W / s turns over with them, and they keep their sign.
+The steps can be trained with it, as a factor exp(rho) on each (limits ``step``), or as shares
+sigmoid(g) of the range of each group (limits ``range``: LWC of OmniQuant, arXiv 2308.13137). They
+are rounded to the dtype in which they will be stored before they are used, so a hardened weight is
+the one that was trained. Steps of a signed grid may be negative: W / s turns over with them, and
+they keep their sign.
+
+W itself may move: along its singular directions (``solvers.expansion``), and by factors of its rows
+and columns that a transform trains (LET). With parameter ``none`` there is no offset, and these
+and the steps are all that is trained.
 
 There is no autograd here: ``fake_weight`` makes What, ``pull_back`` turns a gradient at What into
 gradients of the parameters. Both go through the matrix a few rows at a time, so that nothing of its
@@ -28,18 +34,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from crossbit.errors import InputError
 from crossbit.grid import Grid, QTensor, grouped
-
-Base = Literal["frac", "zero"]
-Parameter = Literal["full", "low_rank"]
-Mode = Literal["straight_through", "sigmoid"]
+from crossbit.solvers.expansion import singular_basis, start_expansion
+from crossbit.solvers.rounding_state import (
+    WHOLE,
+    Rounding,
+    RoundingChoice,
+    effective_grid,
+    moved_weight,
+    pull_back_limits,
+    pull_back_move,
+)
 
 ZETA, GAMMA = 1.1, -0.1  # the rectified sigmoid's stretch (AdaRound)
 # Fractions nearer to 0 or 1 than this start at its value: h^-1 would put V where the sigmoid is so
@@ -47,51 +57,6 @@ ZETA, GAMMA = 1.1, -0.1  # the rectified sigmoid's stretch (AdaRound)
 FRACTION_MARGIN = 0.02
 REENTRY = 2.0  # |V| is pulled back to this when a block enters a second window
 _CHUNK_ELEMENTS = 1 << 16
-
-
-@dataclass(frozen=True)
-class RoundingChoice:
-    """How a weight's rounding is parametrised.
-
-    Attributes:
-        base, parameter, mode: see the module's text.
-        rank: r of ``low_rank``.
-        reach: largest |offset| in steps (straight-through only).
-    """
-
-    base: Base = "frac"
-    parameter: Parameter = "full"
-    mode: Mode = "straight_through"
-    rank: int = 5
-    reach: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank: {self.rank} is below 1; use 1 or more, such as 5")
-        if not self.reach > 0:
-            raise InputError(f"reach: {self.reach} is not positive; 0.5 reaches the next code")
-
-
-@dataclass
-class Rounding:
-    """A weight whose rounding is being trained.
-
-    Attributes:
-        weight: float32 [N, K], what is rounded.
-        scale: float32 [N', G], the steps to begin with.
-        zero: float32 [N', G] zero points, or None.
-        grid: the grid.
-        choice: the parametrisation.
-        parameters: what is trained, float32: "offset" [N, K], or "a1" [N, r] and "a2" [r, K]; and
-            "step" [N', G], the logarithm of the factor on ``scale``.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    grid: Grid
-    choice: RoundingChoice
-    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def start_rounding(
@@ -109,7 +74,16 @@ def start_rounding(
     rows, columns = weight.shape
     zero = None if qtensor.zero_point is None else qtensor.zero_point.float()
     state = Rounding(weight.detach().float(), qtensor.scale.float(), zero, qtensor.grid, choice)
-    state.parameters["step"] = torch.zeros_like(state.scale)
+    if choice.limits == "step":
+        state.parameters["step"] = torch.zeros_like(state.scale)
+    else:
+        state.parameters["low"] = torch.full_like(state.scale, WHOLE)
+        state.parameters["high"] = torch.full_like(state.scale, WHOLE)
+    if choice.expansion is not None:
+        state.basis = singular_basis(state.weight, choice.expansion.rank)
+        state.parameters |= start_expansion(state.basis, choice.expansion)
+    if choice.parameter == "none":
+        return state
     if choice.parameter == "full":
         # The fraction is added where it is used: this holds what training changes of it.
         state.parameters["offset"] = torch.zeros(rows, columns)
@@ -143,15 +117,6 @@ def continuous_start(weight: Tensor, qtensor: QTensor, hessian: Tensor) -> Tenso
     return rounded.add_(inside.reshape(weight.shape))
 
 
-def effective_scale(state: Rounding) -> Tensor:
-    """Steps [N', G] float32 as they will be stored."""
-    dtype = state.grid.scale_dtype
-    trained = state.scale * state.parameters["step"].exp()
-    info = torch.finfo(dtype)
-    size = trained.abs().clamp(min=info.tiny, max=info.max)
-    return torch.copysign(size, trained).to(dtype).float()
-
-
 def fake_weight(state: Rounding, dtype: torch.dtype) -> Tensor:
     """What [N, K] in ``dtype`` (soft in mode "sigmoid")."""
     out = torch.empty(state.weight.shape, dtype=dtype)
@@ -165,6 +130,7 @@ def fake_weight(state: Rounding, dtype: torch.dtype) -> Tensor:
 def harden(state: Rounding) -> QTensor:
     """The integers that the rounding has arrived at."""
     grid = state.grid
+    scale, points = effective_grid(state)
     codes = torch.empty(state.weight.shape, dtype=torch.int8)
     view = grouped(codes, grid)
     for part in _parts(state):
@@ -178,8 +144,8 @@ def harden(state: Rounding) -> QTensor:
             up = h >= 0.5 if state.choice.base == "zero" else h > 0.5
             hard, _ = _saturated(part.ratio.floor_().add_(up), part)
         view[part.rows].copy_(hard if part.zero is None else hard.add_(part.zero))
-    zero = None if state.zero is None else state.zero.to(torch.int8)
-    return QTensor(codes, effective_scale(state).to(grid.scale_dtype), zero, grid)
+    zero = None if points is None else points.to(torch.int8)
+    return QTensor(codes, scale.to(grid.scale_dtype), zero, grid)
 
 
 def pull_back(
@@ -194,9 +160,12 @@ def pull_back(
 
     Returns:
         Float32 gradients under the names of ``state.parameters``. The steps' is that of LSQ
-        (arXiv 1902.08153): what rounding adds counts, a saturated code counts in full.
+        (arXiv 1902.08153): what rounding adds counts, a saturated code counts in full. Where there
+        are factors of rows or columns, theirs under "rows" [N] and "columns" [K].
     """
     found = {n: torch.zeros_like(p) for n, p in state.parameters.items()}
+    slopes = found.get("step", torch.zeros_like(state.scale))
+    at_weight = torch.empty(state.weight.shape) if state.moves else None
     incoming = grouped(gradient, state.grid)
     sigmoid = state.choice.mode == "sigmoid"
     for part in _parts(state):
@@ -205,7 +174,11 @@ def pull_back(
         codes, inside, variable = _codes(state, part)
         # d What / d s = codes - inside * W / s; with the base integers frozen, the codes alone.
         slope = codes if ratio is None else codes.addcmul_(ratio, inside, value=-1.0)
-        found["step"][part.rows] = (slope * g).sum(-1) * part.step.squeeze(-1)
+        slopes[part.rows] = (slope * g).sum(-1)
+        if at_weight is not None:
+            grouped(at_weight, state.grid)[part.rows] = g * inside
+        if state.choice.parameter == "none":
+            continue
         g = (g * part.step).mul_(inside)  # a copy: the gradient is the caller's
         if sigmoid:
             assert variable is not None
@@ -220,6 +193,9 @@ def pull_back(
             a1, a2 = state.parameters["a1"], state.parameters["a2"]
             found["a1"][rows] = flat @ a2.t()
             found["a2"] += a1[rows].t() @ flat
+    pull_back_limits(state, slopes, found)
+    if at_weight is not None:
+        pull_back_move(state, at_weight, found)
     return found
 
 
@@ -267,14 +243,14 @@ class _Part:
 
 
 def _parts(state: Rounding) -> Iterator[_Part]:
-    view = grouped(state.weight, state.grid)
-    scale = effective_scale(state)
+    view = grouped(moved_weight(state), state.grid)
+    scale, points = effective_grid(state)
     base = scale if state.choice.mode == "straight_through" else state.scale
     whole = slice(0, state.weight.shape[0]) if state.grid.strategy == "tensor" else None
     count = max(1, _CHUNK_ELEMENTS // view[0].numel())
     for start in range(0, view.shape[0], count):
         rows = slice(start, min(start + count, view.shape[0]))
-        zero = None if state.zero is None else state.zero[rows].unsqueeze(-1)
+        zero = None if points is None else points[rows].unsqueeze(-1)
         ratio = view[rows] / base[rows].unsqueeze(-1)
         yield _Part(rows, ratio, scale[rows].unsqueeze(-1), zero, state.grid, whole)
 
@@ -308,6 +284,9 @@ def _codes(state: Rounding, part: _Part) -> tuple[Tensor, Tensor, Tensor | None]
     """Codes without zero points, where they did not saturate (0 or 1), V in mode "sigmoid"."""
     variable = None
     if state.choice.mode == "straight_through":
+        if state.choice.parameter == "none":
+            codes, inside = _saturated(part.ratio.round_(), part)
+            return codes, inside, None
         offset = _trained(state, part)
         if state.choice.parameter == "low_rank":
             offset = offset.clamp(-state.choice.reach, state.choice.reach)
