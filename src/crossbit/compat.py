@@ -16,6 +16,7 @@ from crossbit.recipe import (
     Activations,
     Cfp,
     CrossFold,
+    DuQuant,
     Gptq,
     Objective,
     Recipe,
@@ -205,6 +206,29 @@ RULES: tuple[Rule, ...] = (
         lambda r: any(isinstance(t, Rotate) for t in r.transforms[1:]),
         "a rotation after other transforms: it is made of the whole model, before any block",
         "one rotation, first in the list of transforms",
+    ),
+    Rule(
+        lambda r: any(isinstance(t, DuQuant) for t in r.transforms[:-1]),
+        "duquant before other transforms: its rotation mixes the channels that they scale",
+        "one duquant, last in the list of transforms",
+    ),
+    Rule(
+        lambda r: (
+            r.duquant is not None
+            and not any(a.grid().kind.startswith("per_token") for a in _activations(r))
+        ),
+        "duquant rotates inputs that are quantized per token, and this recipe has none",
+        "activations.kind per_token, per_token_clip or cross_folded with duquant",
+    ),
+    Rule(
+        lambda r: (
+            r.cache is not None
+            and r.cache.before_rope
+            and r.rotation is not None
+            and r.rotation.keys
+        ),
+        "keys are rotated after RoPE, and quantized before it",
+        "cache.before_rope: false, or a rotation with keys: false",
     ),
     Rule(
         lambda r: (

@@ -322,6 +322,7 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
         dtype,
         write,
         partial(round_embedding, shell, opened.plan),
+        opened.online,
     )
     run_blocks(job, directory, reporter)
     if not directory.has("outside"):

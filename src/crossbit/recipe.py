@@ -31,6 +31,7 @@ from crossbit.recipe_training import Training as Training
 from crossbit.recipe_transforms import AwqScale as AwqScale
 from crossbit.recipe_transforms import Cfp as Cfp
 from crossbit.recipe_transforms import CrossFold as CrossFold
+from crossbit.recipe_transforms import DuQuant as DuQuant
 from crossbit.recipe_transforms import Fold as Fold
 from crossbit.recipe_transforms import Rotate as Rotate
 from crossbit.recipe_transforms import Smooth as Smooth
@@ -166,6 +167,15 @@ def first_solver(solver: Solver) -> Rtn | Gptq:
     return solver.start if isinstance(solver, TrainedRounding) else solver
 
 
+class KvCache(Strict):
+    """Keys and values of attention, quantized a head and token. See ``crossbit.activations.kv``."""
+
+    bits: int = Field(8, ge=2, le=8)
+    symmetric: bool = False
+    clip: float = Field(1.0, gt=0, le=1)
+    before_rope: bool = False
+
+
 class Calibration(Strict):
     """How much text is used, and how it is cut. ``holdout`` is kept out of column maxima."""
 
@@ -201,6 +211,7 @@ class Recipe(Strict):
     source: str = ""
     weights: WeightGrid = WeightGrid()
     activations: Activations | None = None
+    cache: KvCache | None = None
     transforms: tuple[Transform, ...] = ()
     solver: Solver = Rtn()
     objective: Objective = Objective()
@@ -244,7 +255,12 @@ class Recipe(Strict):
     @property
     def folds(self) -> tuple[Fold, ...]:
         """The transforms that are chosen block by block; rotations are made before."""
-        return tuple(t for t in self.transforms if not isinstance(t, Rotate))
+        return tuple(t for t in self.transforms if not isinstance(t, Rotate | DuQuant))
+
+    @property
+    def duquant(self) -> DuQuant | None:
+        """The rotation of layer inputs among the transforms."""
+        return next((t for t in self.transforms if isinstance(t, DuQuant)), None)
 
     @property
     def rotation(self) -> Rotate | None:
@@ -255,7 +271,8 @@ class Recipe(Strict):
     def online(self) -> bool:
         """True if something happens at run time that only crossbit does."""
         rotation = self.rotation
-        return rotation is not None and (rotation.down or rotation.keys)
+        rotates = rotation is not None and (rotation.down or rotation.keys)
+        return rotates or self.cache is not None or self.duquant is not None
 
     @property
     def kind(self) -> Literal["plain", "online", "research"]:
@@ -424,6 +441,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "activations": Activations,
     "Activations": Activations,
     "overrides": Override,
+    "cache": KvCache,
     "calibration": Calibration,
     "evaluation": Evaluation,
     "cross_fold": CrossFold,
@@ -431,6 +449,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "awq_scale": AwqScale,
     "cfp": Cfp,
     "rotate": Rotate,
+    "duquant": DuQuant,
     "rtn": Rtn,
     "gptq": Gptq,
     "rounding": TrainedRounding,

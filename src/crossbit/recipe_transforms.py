@@ -71,5 +71,19 @@ class Rotate(Strict):
     seed: int = Field(0, ge=0, lt=1 << 63)
 
 
+class DuQuant(Strict):
+    """DuQuant's rotations of layer inputs at run time. See ``crossbit.rotations.duquant``.
+
+    Made of the calibration text block by block, after the folds.
+    """
+
+    kind: Literal["duquant"] = "duquant"
+    block: int = Field(128, ge=2)
+    steps: int = Field(256, ge=1)
+    permute: bool = True
+    shared: bool = True
+    seed: int = Field(0, ge=0, lt=1 << 63)
+
+
 Fold = CrossFold | Smooth | AwqScale | Cfp
-Transform = Annotated[Fold | Rotate, Field(discriminator="kind")]
+Transform = Annotated[Fold | Rotate | DuQuant, Field(discriminator="kind")]

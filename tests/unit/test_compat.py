@@ -277,6 +277,27 @@ CASES += [
     ),
     (
         15,
+        {"activations": A8, "transforms": [{"kind": "duquant"}, {"kind": "smooth"}]},
+        ("last in the list",),
+        [{"activations": A8, "transforms": [{"kind": "smooth"}, {"kind": "duquant"}]}],
+    ),
+    (
+        16,
+        {"transforms": [{"kind": "duquant"}]},
+        ("per_token",),
+        [{"activations": A8, "transforms": [{"kind": "duquant"}]}],
+    ),
+    (
+        17,
+        {"cache": {"before_rope": True}, "transforms": [{"kind": "rotate", "keys": True}]},
+        ("cache.before_rope: false",),
+        [
+            {"cache": {}, "transforms": [{"kind": "rotate", "keys": True}]},
+            {"cache": {"before_rope": True}, "transforms": [{"kind": "rotate"}]},
+        ],
+    ),
+    (
+        18,
         {"transforms": [{"kind": "rotate", "residual": False, "heads": False}]},
         ("residual: true", "keys: true"),
         [{"transforms": [{"kind": "rotate", "residual": False}]}, {}],

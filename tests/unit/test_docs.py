@@ -177,6 +177,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "## End to end": recipes.EndToEnd,
     "### cfp": recipes.Cfp,
     "### rotate": recipes.Rotate,
+    "### duquant": recipes.DuQuant,
+    "## Cache": recipes.KvCache,
     "## Solver: rtn": recipes.Rtn,
     "## Solver: gptq": recipes.Gptq,
     "## Overrides": recipes.Override,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crossbit.errors import InputError, WorkError
-from crossbit.transforms import duquant
-from crossbit.transforms.duquant import (
+from crossbit.rotations import duquant
+from crossbit.rotations.duquant import (
     DuRotation,
     block_size_for,
     choose_rotation,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crossbit.errors import InputError
-from crossbit.hadamard import (
+from crossbit.rotations.hadamard import (
     _field,
     _logarithms,
     _steps,

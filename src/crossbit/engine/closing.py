@@ -40,8 +40,10 @@ def close_block(
     tensors = job.write(index, block, layers)
     error = leaving = None
     if entering is not None and opened.target is not None:
-        install(block, job.plan.blocks[index].structure, layers, job.dtype)
+        structure = job.plan.blocks[index].structure
+        install(block, structure, layers, job.dtype)
         block.to(job.dtype)
+        job.online.quantize(structure, block)
         # The stream first: a block counts as finished only when its successor can start.
         error, leaving = _advance(job, work, index, entering, opened.target)
     seconds = opened.record.pop("seconds") + time.monotonic() - started

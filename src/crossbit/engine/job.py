@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.recipe import Activations, Gptq, Recipe, Rtn
 from crossbit.runtime.install import QuantizedLayer
+from crossbit.runtime.online import Online
 
 TOKENS_AT_ONCE = 1024  # a batch of sequences through a block
 
@@ -32,6 +33,7 @@ class Job:
         dtype: of computation and of the unquantized tensors in the export.
         write: turns a finished block into the tensors that are exported.
         round_embedding: makes the shell's embedding the quantized one.
+        online: what happens at run time beside the layers.
     """
 
     shell: Shell
@@ -42,6 +44,7 @@ class Job:
     dtype: torch.dtype
     write: Write
     round_embedding: Callable[[], None]
+    online: Online = field(default_factory=Online)
 
     @property
     def held_out(self) -> int:
@@ -56,6 +59,7 @@ def needs_calibration(recipe: Recipe) -> bool:
     activations = [recipe.activations, *(o.activations for o in recipe.overrides)]
     return (
         bool(recipe.folds)
+        or recipe.duquant is not None
         or recipe.trains
         or any(
             isinstance(s, Gptq) or (isinstance(s, Rtn) and s.clip == "awq")

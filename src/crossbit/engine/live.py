@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from crossbit.engine.job import Job
 from crossbit.engine.opening import OpenBlock
 from crossbit.engine.trained import TrainedBlock, clips_of, layers_of, with_states
 from crossbit.grid import QTensor
+from crossbit.rotations.duquant import DuRotation
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.solvers.expansion import Basis, ExpansionChoice
 from crossbit.solvers.rounding_state import Rounding, RoundingChoice
@@ -43,6 +44,8 @@ def pack(blocks: Sequence[TrainedBlock]) -> tuple[dict[str, Tensor], dict[str, A
             "static_scale": layer.static_scale,
             "columns": layer.columns,
         }
+        if layer.rotation is not None:
+            found |= {f"rotation_{k}": t for k, t in layer.rotation.tensors().items()}
         if layer.state.basis is not None:
             found |= {f"basis_{k}": t for k, t in vars(layer.state.basis).items()}
         tensors.update({f"layer/{name}/{k}": t for k, t in found.items() if t is not None})
@@ -72,6 +75,12 @@ def unpack(job: Job, tensors: dict[str, Tensor], record: dict[str, Any]) -> list
     ]
 
 
+def _rotation(get: Callable[[str], Tensor | None]) -> DuRotation | None:
+    found = {k: get(f"rotation_{k}") for k in ("first", "permutation", "second")}
+    kept = {k: t for k, t in found.items() if t is not None}
+    return DuRotation.from_tensors(kept) if kept else None
+
+
 def _block(
     job: Job, index: int, own: dict[str, Any], tensors: dict[str, Tensor], known: dict[str, Any]
 ) -> TrainedBlock:
@@ -96,6 +105,7 @@ def _block(
             get("static_scale"),
             get("columns"),
             tensors.get(f"parameter/clips/{index}/{name}"),
+            _rotation(get),
         )
         choice = choice_from(known[f"{index}/{name}"]["choice"])
         basis = {k: get(f"basis_{k}") for k in ("u", "vt", "s")}
@@ -113,6 +123,7 @@ def _block(
     kwargs = job.shell.block_kwargs(length, job.dtype)[index]
     opened = OpenBlock(module, layers, record=own)
     block = with_states(index, opened, plan, kwargs, job.dtype, states)
+    job.online.quantize(plan.structure, block.module)
     for name, trained in block.layers.items():
         trained.frozen = known[f"{index}/{name}"]["frozen"]
         trained.begun = known[f"{index}/{name}"]["begun"]

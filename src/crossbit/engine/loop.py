@@ -198,6 +198,7 @@ def _open_window(
                 job.dtype,
                 job.recipe.calibration.seed,
             )
+            job.online.quantize(job.plan.blocks[index].structure, block.module)
             live[index] = block
             del opened
             release_memory()

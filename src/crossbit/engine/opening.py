@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from crossbit.engine.scale import apply_transforms
 from crossbit.engine.solve import Solved, solve_block
 from crossbit.engine.statistics import InputStatistics
 from crossbit.engine.stream import Stream, StreamWriter
+from crossbit.engine.turn import turn_inputs
 from crossbit.models.checkpoint import check_finite
 from crossbit.recipe import Activations, CrossFold, Gptq, Rtn
+from crossbit.rotations.duquant import DuRotation
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.solvers.rounding import continuous_start
 from crossbit.transforms.column_fit import MIN_TOKENS
@@ -74,9 +76,16 @@ def open_block(
         wanted = _observe(job, index, block, states, entering, target)
         release_memory()
     folds = apply_transforms(block, plan, states, job.recipe.folds, job.dtype)
+    rotations: dict[str, DuRotation] = {}
+    if job.recipe.duquant is not None:
+        turned, rotations = turn_inputs(block, plan, states, job.recipe.duquant)
+        folds += turned
     solved = solve_block(block, plan, states)
     starts = _starts(block, plan, solved, states)
-    layers = _layers(plan, solved, states)
+    layers = {
+        name: replace(layer, rotation=rotations.get(name))
+        for name, layer in _layers(plan, solved, states).items()
+    }
     points = [p for s in states for p in s.points]
     record = {
         "block": index,
@@ -109,7 +118,8 @@ def _empty_states(job: Job, plan: BlockPlan) -> list[GroupState]:
 
 def _wants_sample(job: Job) -> bool:
     """Transforms and AWQ's clip search compare outputs on held-out activations."""
-    return bool(job.recipe.folds) or any(
+    transforms = (*job.recipe.folds, job.recipe.duquant)
+    return any(transforms) or any(
         isinstance(s, Rtn) and s.clip == "awq" for s in job.recipe.first_solvers
     )
 

@@ -6,16 +6,18 @@ the files (``transforms.rotation``), which the loop reads block by block like an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from crossbit.activations.kv import KVGrid
 from crossbit.compat import check_model
 from crossbit.engine.plan import ModelPlan, make_plan
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder
-from crossbit.recipe import Recipe, Rotate
+from crossbit.recipe import Recipe
+from crossbit.runtime.attention import IMPLEMENTATION, register
 from crossbit.runtime.online import Online
 from crossbit.transforms.rotation import RotatedCheckpoint, plan_rotation, untied
 
@@ -48,30 +50,31 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
         InputError: files, config and recipe do not belong together.
     """
     files = Checkpoint(folder.path)
-    shell = Shell(config, device=device)
+    cache = None if recipe.cache is None else KVGrid(**recipe.cache.model_dump())
+    rotate = recipe.rotation
+    online = Online(keys=rotate is not None and rotate.keys, cache=cache)
+    attn = "sdpa"
+    if online.attention:
+        register()
+        attn = IMPLEMENTATION
+    shell = Shell(config, attn=attn, device=device)
     shell.check(files)
     weights: Weights = files
-    online = Online()
     notes: tuple[str, ...] = ()
-    if recipe.rotation is not None:
-        weights, shell, online, notes = _rotate(files, shell, config, recipe.rotation, device)
+    if rotate is not None:
+        planned = plan_rotation(shell, rotate)
+        notes, online = planned.notes, replace(online, hadamard=planned.online)
+        if planned.residual and shell.structure.tied:
+            rows, columns = shell.model.get_submodule(shell.structure.embedding).weight.shape
+            notes += (
+                "the rotation unties the head from the embedding: a matrix of "
+                f"{rows} x {columns} more to store",
+            )
+            shell = Shell(untied(config), attn=attn, device=device)
+        weights = RotatedCheckpoint(files, shell, planned)
     check_model(recipe, shell.structure)
     width = int(shell.model.get_submodule(shell.structure.embedding).embedding_dim)
     plan = make_plan(shell.structure, recipe, width)
     online.dress(shell)
+    online.check(shell)
     return OpenModel(files, weights, shell, plan, online, notes)
-
-
-def _rotate(
-    files: Checkpoint, shell: Shell, config: Any, rotate: Rotate, device: str
-) -> tuple[RotatedCheckpoint, Shell, Online, tuple[str, ...]]:
-    plan = plan_rotation(shell, rotate)
-    notes = plan.notes
-    if plan.residual and shell.structure.tied:
-        head = shell.model.get_submodule(shell.structure.embedding).weight
-        notes += (
-            "the rotation unties the head from the embedding: a matrix of "
-            f"{head.shape[0]} x {head.shape[1]} more to store",
-        )
-        shell = Shell(untied(config), device=device)
-    return RotatedCheckpoint(files, shell, plan), shell, Online(plan.online), notes

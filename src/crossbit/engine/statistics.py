@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from crossbit.rotations.duquant import DuRotation
 from crossbit.solvers.hessian import HessianAccumulator
 
 MASSIVE_RATIO = 64.0  # a token is massive when its maximum exceeds this times the median token's
@@ -150,6 +151,23 @@ class InputStatistics:
         self._factor = self._factor * f
         if self._matrix is not None:
             self._unfold(f)
+
+    def rotate(self, rotation: DuRotation) -> None:
+        """Account for X -> X G.
+
+        Means and maxima are not known of X G and are those of its samples from here on.
+        """
+        self._sample = [rotation.apply(self._joined(self._sample))]
+        self._fitting = []
+        if self.hessian is not None and self.tokens:
+            # G^T H G, since (X G)^T (X G) = G^T X^T X G.
+            half = rotation.fold(self.hessian_matrix())
+            self.hessian_matrix().copy_(rotation.fold(half.t().contiguous()))
+        if self._sample[0].shape[0]:
+            magnitude = self._sample[0].abs()
+            self._top = self._top_ordinary = magnitude.amax(0, keepdim=True)
+            self._largest = magnitude.amax(0)
+            self._abs_sum = magnitude.mean(0, dtype=torch.float64) * self.tokens
 
     def hessian_matrix(self) -> Tensor:
         """Mean of X^T X [K, K] float32 over every token seen, folds accounted for.

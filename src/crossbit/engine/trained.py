@@ -21,9 +21,9 @@ from crossbit.engine.opening import OpenBlock
 from crossbit.engine.plan import BlockPlan
 from crossbit.grid import QTensor
 from crossbit.recipe import TrainedRounding
-from crossbit.runtime.install import QuantizedLayer
+from crossbit.runtime.install import QuantizedLayer, shared_turns
 from crossbit.runtime.linear import SharedInput
-from crossbit.runtime.online import carry
+from crossbit.runtime.online import carry, turn_input
 from crossbit.solvers.expansion import ExpansionChoice
 from crossbit.solvers.rounding import fake_weight, harden, start_rounding
 from crossbit.solvers.rounding_state import Rounding, RoundingChoice, forget_moved
@@ -65,6 +65,7 @@ class TrainedLinear(nn.Module):
         self.register_buffer("static_scale", layer.static_scale, persistent=False)
         self.register_buffer("columns", layer.columns, persistent=False)
         self.clip = layer.clip
+        self.rotation = layer.rotation
         self._shared = shared
 
     static_scale: Tensor | None
@@ -99,7 +100,12 @@ class TrainedLinear(nn.Module):
         """The layer as it would be written now."""
         clip = None if self.clip is None else self.clip.detach().clone()
         return QuantizedLayer(
-            harden(self.state), self.activations, self.static_scale, self.columns, clip
+            harden(self.state),
+            self.activations,
+            self.static_scale,
+            self.columns,
+            clip,
+            self.rotation,
         )
 
     @property
@@ -205,6 +211,7 @@ def with_states(
         memory = SharedInput(differentiable=True)
         shared.update({name: memory for name in group.consumers if name in states})
     clips = _shared_clips(opened, plan, states)
+    turns = shared_turns(plan.structure, opened.layers)
     layers = {}
     for name, state in states.items():
         layer = replace(opened.layers[name], clip=clips.get(name))
@@ -219,6 +226,8 @@ def with_states(
             frozen=plan.layers[name].rounding is None,
         )
         carry(linear, layers[name])
+        if name in turns:
+            turn_input(layers[name], turns[name])
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layers[name])
     module.to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crossbit.engine.plan import LayerPlan, ModelPlan
 from crossbit.export.compressed_tensors import module_tensors, quantization_config
-from crossbit.export.research import CLIP, COLUMNS
+from crossbit.export.research import CLIP, COLUMNS, ROTATION
 from crossbit.export.scheme import QuantScheme
 from crossbit.grid import Grid, QTensor
 from crossbit.models.experts import checkpoint_name, is_expert
@@ -157,6 +157,9 @@ def block_tensors(
         )
         if layer.columns is not None:
             tensors[f"{stored}.{COLUMNS}"] = layer.columns.float()
+        if layer.rotation is not None:
+            for key, tensor in layer.rotation.tensors().items():
+                tensors[f"{stored}.{ROTATION}{key}"] = tensor.clone()
         if layer.clip is not None:  # a copy: layers of one input may have one, files share none
             tensors[f"{stored}.{CLIP}"] = layer.clip.float().reshape(1).clone()
     quantized = {f"{relative}.weight" for relative in layers}

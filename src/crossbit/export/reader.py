@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from crossbit.errors import InputError
-from crossbit.export.research import CLIP, COLUMNS, activation_grids, model_config
+from crossbit.export.research import CLIP, COLUMNS, ROTATION, activation_grids, model_config
 from crossbit.export.scheme import INT, PACKED, QuantScheme, Role, scheme_from_config
 from crossbit.export.targets import EMBEDDING, LINEAR, resolve
 from crossbit.grid import QTensor
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import is_expert
 from crossbit.packing import unpack, words_per_row
+from crossbit.rotations.duquant import DuRotation
 from crossbit.runtime.install import QuantizedLayer
 
 METHOD = "compressed-tensors"
@@ -119,7 +120,19 @@ class QuantizedCheckpoint:
                 self.stored.tensor(static).float().reshape(()) if static in self.stored else None
             ),
             clip=self._clip(name),
+            rotation=self._rotation(name),
         )
+
+    def _rotation(self, name: str) -> DuRotation | None:
+        """What turns a module's input at run time, if anything does."""
+        parts = {k: f"{name}.{ROTATION}{k}" for k in ("first", "permutation", "second")}
+        found = {k: self.stored.tensor(n) for k, n in parts.items() if n in self.stored}
+        if not found:
+            return None
+        try:
+            return DuRotation.from_tensors(found)
+        except InputError as error:
+            raise InputError(f"{self.folder}: {name}: {error}") from None
 
     def _clip(self, name: str) -> Tensor | None:
         """The clip factor of a module's input, if it has one."""

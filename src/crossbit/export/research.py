@@ -18,6 +18,7 @@ from crossbit.models.validate import read_config
 
 MODEL_TYPE = "crossbit"
 COLUMNS = "input_columns"  # calibrated column maxima, float32 [K]
+ROTATION = "input_rotation_"  # and "first", "permutation", "second" of a DuRotation
 CLIP = "input_clip"  # factor of the row maximum, float32 [1]
 
 

@@ -22,6 +22,7 @@ from crossbit.models.experts import checkpoint_name
 from crossbit.models.opening import open_config
 from crossbit.models.shell import Shell
 from crossbit.models.validate import read_config
+from crossbit.runtime.attention import IMPLEMENTATION, register
 from crossbit.runtime.install import QuantizedLayer, install
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.online import Online
@@ -34,6 +35,7 @@ class BlockSource:
         shell: the model; embedding, final norm and head are loaded.
         dtype: of computation.
         quantized: the integer checkpoint, or None for a plain model.
+        online: what happens at run time beside the layers.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class BlockSource:
         quantized: QuantizedCheckpoint | None = None,
         execution: Execution = "auto",
         divisor: float | None = None,
+        online: Online | None = None,
     ) -> None:
         self.shell = shell
+        self.online = online or Online()
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.quantized = quantized
@@ -68,6 +72,7 @@ class BlockSource:
                 if layer is not None:
                     layers[name] = layer
             install(block, structure, layers, self.dtype, self.execution)
+            self.online.quantize(structure, block)
         return block
 
     def _layer(self, name: str) -> QuantizedLayer | None:
@@ -103,7 +108,7 @@ def open_blocks(
     Args:
         folder: config.json and safetensors.
         dtype: of computation; None is the model's own.
-        attn: "sdpa" or "eager".
+        attn: "sdpa" or "eager"; crossbit's own where the folder changes attention.
         device: "cpu" or "cuda".
         execution: how quantized layers run (see ``QuantLinear``).
         divisor: overrides the divisor of the activation grids (127 is what vLLM's kernels use).
@@ -113,14 +118,23 @@ def open_blocks(
     """
     config: Any = folder_config(folder)
     dtype = dtype or own_dtype(config)
+    content = online_content(folder)
+    online = Online.of_json(content) if content else Online()
+    if online.attention:
+        register()
+        attn = IMPLEMENTATION
     shell = Shell(config, attn=attn, device=device)
     if is_quantized(folder):
         quantized = QuantizedCheckpoint(folder)
-        online = online_content(folder)
-        if online:
-            Online.of_json(online).dress(shell)
+        online.dress(shell)
         return BlockSource(
-            shell, quantized, dtype, quantized=quantized, execution=execution, divisor=divisor
+            shell,
+            quantized,
+            dtype,
+            quantized=quantized,
+            execution=execution,
+            divisor=divisor,
+            online=online,
         )
     return BlockSource(shell, Checkpoint(folder), dtype)
 

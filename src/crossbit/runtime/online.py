@@ -7,15 +7,19 @@ the layer, so whatever replaces the layer (a trained one, a quantized one) takes
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from crossbit.activations.kv import KVGrid
 from crossbit.errors import InputError
-from crossbit.hadamard import apply_hadamard
 from crossbit.models.shell import Shell
+from crossbit.models.structure import BlockStructure
+from crossbit.rotations.hadamard import apply_hadamard, order_parts
+from crossbit.runtime.attention import AttentionChange, attach
 
 _MARK = "_crossbit_input"
 
@@ -39,16 +43,25 @@ class Online:
 
     Attributes:
         hadamard: path of a linear layer -> channels of the Hadamard transform of its input.
+        keys: queries and keys are rotated, head by head, after RoPE.
+        cache: grid of keys and values, None for floating point.
     """
 
     hadamard: Mapping[str, int] = field(default_factory=dict)
+    keys: bool = False
+    cache: KVGrid | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.hadamard)
+        return bool(self.hadamard) or self.attention
+
+    @property
+    def attention(self) -> bool:
+        """True if something happens inside attention: ``attn`` then is ``IMPLEMENTATION``."""
+        return self.keys or self.cache is not None
 
     def dress(self, shell: Shell) -> None:
-        """Let every block that the shell loads from now on have its operations."""
-        if not self:
+        """Let every block that the shell loads from now on have what leaves its function alone."""
+        if not self.hadamard and not self.keys:
             return
 
         def dress(index: int, block: nn.Module) -> None:
@@ -57,12 +70,46 @@ class Online:
                 size = self.hadamard.get(f"{structure.name}.{name}")
                 if size is not None:
                     turn_input(block.get_submodule(name), HadamardInput(size))
+            self._attach(structure, block, None)
 
         shell.dress = dress
 
+    def check(self, shell: Shell) -> None:
+        """Try it on an empty block.
+
+        Raises:
+            InputError: the heads have a size that no Hadamard matrix has, or keys do not stand
+                alone before RoPE in this architecture.
+        """
+        if not self.attention:
+            return
+        structure = shell.structure.blocks[0]
+        block = copy.deepcopy(shell.block(0))
+        self._attach(structure, block, self.cache)
+        if self.keys:
+            width = int(getattr(attention_of(structure, block), "head_dim", 0) or 0)
+            if width:
+                order_parts(width)
+
+    def quantize(self, structure: BlockStructure, block: nn.Module) -> None:
+        """Let a block that is quantized, or in training, round its keys and values too."""
+        if self.cache is not None:
+            self._attach(structure, block, self.cache)
+
+    def _attach(self, structure: BlockStructure, block: nn.Module, grid: KVGrid | None) -> None:
+        if not self.attention:
+            return
+        change = AttentionChange(
+            key=grid,
+            value=None if grid is None else replace(grid, before_rope=False),
+            rotation=_rotate_head if self.keys else None,
+        )
+        attach(attention_of(structure, block), change)
+
     def to_json(self) -> dict[str, Any]:
         """For config.json."""
-        return {"hadamard": dict(self.hadamard)}
+        cache = None if self.cache is None else asdict(self.cache)
+        return {"hadamard": dict(self.hadamard), "keys": self.keys, "cache": cache}
 
     @classmethod
     def of_json(cls, data: Any) -> Online:
@@ -72,9 +119,25 @@ class Online:
             InputError: it is something else.
         """
         try:
-            return cls({str(k): int(v) for k, v in data["hadamard"].items()})
+            cache = data["cache"]
+            return cls(
+                {str(k): int(v) for k, v in data["hadamard"].items()},
+                bool(data["keys"]),
+                None if cache is None else KVGrid(**cache),
+            )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError("config.json: damaged crossbit_online; quantize again") from None
+
+
+def attention_of(structure: BlockStructure, block: nn.Module) -> nn.Module:
+    """The attention module of a block: what holds the projection of its output."""
+    name = next(n for n, info in structure.linears.items() if info.role == "o_proj")
+    return block.get_submodule(name.rpartition(".")[0])
+
+
+def _rotate_head(x: Tensor) -> Tensor:
+    """x [..., D] -> x H / sqrt(D)."""
+    return apply_hadamard(x)
 
 
 def turn_input(module: nn.Module, transform: InputTransform) -> None:

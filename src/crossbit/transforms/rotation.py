@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from crossbit.errors import InputError, WorkError
-from crossbit.hadamard import order_parts, random_signs, rotate_columns, rotate_rows
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import TensorReader, is_expert
 from crossbit.models.shell import Shell
 from crossbit.models.structure import BlockStructure, NormSource, RowSource
 from crossbit.recipe import Rotate
+from crossbit.rotations.hadamard import order_parts, random_signs, rotate_columns, rotate_rows
 
 _DOWN = ("down_proj", "fc2")
 _WRITERS = ("o_proj", *_DOWN)

@@ -1,0 +1,69 @@
+"""Rotate the inputs of a block at run time: choose each group's rotation, fold its inverse.
+
+The rotated weights are W G, since (X G)(W G)^T = X W^T for an orthogonal G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from crossbit.engine.observe import GroupState
+from crossbit.engine.plan import BlockPlan
+from crossbit.recipe import DuQuant
+from crossbit.rotations.duquant import DuRotation, block_size_for, choose_rotation, outlier_gain
+
+SAMPLE_ROWS = 4096
+
+
+@torch.no_grad()
+def turn_inputs(
+    block: nn.Module, plan: BlockPlan, states: Sequence[GroupState], config: DuQuant
+) -> tuple[list[dict[str, Any]], dict[str, DuRotation]]:
+    """Rotate every quantized input of a block.
+
+    Args:
+        block: float32 linear weights, all folds applied; the weights are rotated in place.
+        plan: grids of its layers.
+        states: statistics of its groups, with samples; they are rotated along.
+        config: of the rotation.
+
+    Returns:
+        One record a group, and the rotation of each layer's input.
+    """
+    records: list[dict[str, Any]] = []
+    rotations: dict[str, DuRotation] = {}
+    for state in states:
+        group = state.group
+        planned = [name for name in group.consumers if name in plan.layers]
+        if not planned or plan.group_activations(group) is None:
+            continue
+        record: dict[str, Any] = {"group": group.name, "kind": config.kind}
+        records.append(record)
+        if len(planned) != len(group.consumers):
+            record["skipped"] = "a layer that reads the same input is not quantized"
+            continue
+        sample = state.sample(SAMPLE_ROWS)
+        if not sample.shape[0]:
+            record["skipped"] = "no calibration token reached it"
+            continue
+        size = block_size_for(group.width, config.block)
+        rotation = choose_rotation(
+            sample,
+            block=size,
+            steps=config.steps,
+            permute=config.permute,
+            seed=config.seed,
+            shared=config.shared,
+        )
+        for name in planned:
+            weight = block.get_submodule(name).get_parameter("weight")
+            weight.copy_(rotation.fold(weight))
+            rotations[name] = rotation
+        record.update(block=size, **outlier_gain(sample, rotation))
+        for point in state.points:
+            point.statistics.rotate(rotation)
+    return records, rotations

@@ -1,0 +1,1 @@
+"""Orthogonal changes of channels: pure functions on tensors."""
