@@ -18,6 +18,7 @@ from crossbit.recipe import (
     CrossFold,
     DuQuant,
     Gptq,
+    Let,
     Objective,
     Recipe,
     Rotate,
@@ -69,6 +70,17 @@ def _negative_in_groups(grid: WeightGrid, activations: Activations | None) -> bo
     signed = default if grid.signed is None else grid.signed
     in_groups = grid.group not in ("channel", "tensor")
     return signed and in_groups and activations is not None and activations.bits == 8
+
+
+def _static(activations: Activations) -> bool:
+    return not activations.grid().kind.startswith("per_token")
+
+
+def _decides(recipe: Recipe) -> bool:
+    return any(
+        isinstance(s, TrainedRounding) and (s.mode == "sigmoid" or s.base == "zero")
+        for _, _, s in _combinations(recipe)
+    )
 
 
 def _default_divisor(activations: Activations) -> bool:
@@ -219,6 +231,26 @@ RULES: tuple[Rule, ...] = (
         ),
         "duquant rotates inputs that are quantized per token, and this recipe has none",
         "activations.kind per_token, per_token_clip or cross_folded with duquant",
+    ),
+    Rule(
+        lambda r: r.let and not r.trains,
+        "let trains factors with the rounding, and nothing in this recipe is trained",
+        "solver {kind: rounding} with let, or {kind: smooth} in its place",
+    ),
+    Rule(
+        lambda r: r.let and (r.duquant is not None or not isinstance(r.transforms[-1], Let)),
+        "let before another transform, which would change what its factors are of",
+        "one let, last in the list of transforms",
+    ),
+    Rule(
+        lambda r: r.let and any(_static(a) for a in _activations(r)),
+        "let with activations whose scales are calibrated before its factors are trained",
+        "activations.kind per_token, per_token_clip or cross_folded with let",
+    ),
+    Rule(
+        lambda r: r.let and _decides(r),
+        "let moves the weights, whose integers mode sigmoid and base zero take from where they are",
+        "solver {mode: straight_through, base: frac} with let",
     ),
     Rule(
         lambda r: (

@@ -33,6 +33,7 @@ from crossbit.recipe_transforms import Cfp as Cfp
 from crossbit.recipe_transforms import CrossFold as CrossFold
 from crossbit.recipe_transforms import DuQuant as DuQuant
 from crossbit.recipe_transforms import Fold as Fold
+from crossbit.recipe_transforms import Let as Let
 from crossbit.recipe_transforms import Rotate as Rotate
 from crossbit.recipe_transforms import Smooth as Smooth
 from crossbit.recipe_transforms import Transform as Transform
@@ -258,6 +259,11 @@ class Recipe(Strict):
         return tuple(t for t in self.transforms if not isinstance(t, Rotate | DuQuant))
 
     @property
+    def let(self) -> bool:
+        """True if factors of inputs are trained."""
+        return any(isinstance(t, Let) for t in self.transforms)
+
+    @property
     def duquant(self) -> DuQuant | None:
         """The rotation of layer inputs among the transforms."""
         return next((t for t in self.transforms if isinstance(t, DuQuant)), None)
@@ -450,6 +456,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "cfp": Cfp,
     "rotate": Rotate,
     "duquant": DuQuant,
+    "let": Let,
     "rtn": Rtn,
     "gptq": Gptq,
     "rounding": TrainedRounding,

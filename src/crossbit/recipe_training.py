@@ -61,6 +61,7 @@ class Training(Strict):
 
     ``range`` is that of the shares of limits "range"; ``expansion`` that along singular directions,
     for a diagonal; wider masks get less (``solvers.expansion.learning_rate_scale``).
+    ``let`` is that of the logarithms of LET's factors.
     ``clip`` is that of the factors of activations ``per_token_clip``, of which 1 is no clipping.
     ``regulariser`` and ``beta`` belong to mode "sigmoid": its weight, and its exponent at the start
     and at the end of annealing, which begins after a fifth of the steps.
@@ -72,6 +73,7 @@ class Training(Strict):
     step: float = Field(1e-3, ge=0)
     range: float = Field(1e-2, ge=0)
     expansion: float = Field(1e-3, ge=0)
+    let: float = Field(5e-3, ge=0)
     clip: float = Field(1e-3, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -89,5 +91,6 @@ class EndToEnd(Training):
     step: float = Field(1e-4, ge=0)
     range: float = Field(1e-3, ge=0)
     expansion: float = Field(1e-4, ge=0)
+    let: float = Field(5e-4, ge=0)
     clip: float = Field(1e-4, ge=0)
     temperature: float = Field(1.0, gt=0)

@@ -85,5 +85,15 @@ class DuQuant(Strict):
     seed: int = Field(0, ge=0, lt=1 << 63)
 
 
-Fold = CrossFold | Smooth | AwqScale | Cfp
+class Let(Strict):
+    """LET of OmniQuant: factors that are trained. See ``crossbit.engine.equivalent``.
+
+    ``start`` is the strength of the SmoothQuant factors to begin with.
+    """
+
+    kind: Literal["let"] = "let"
+    start: float = Field(0.5, ge=0, le=1)
+
+
+Fold = CrossFold | Smooth | AwqScale | Cfp | Let
 Transform = Annotated[Fold | Rotate | DuQuant, Field(discriminator="kind")]

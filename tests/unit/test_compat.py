@@ -289,6 +289,44 @@ CASES += [
     ),
     (
         17,
+        {"transforms": [{"kind": "let"}]},
+        ("solver {kind: rounding}",),
+        [{"transforms": [{"kind": "let"}], "solver": ROUNDING}],
+    ),
+    (
+        18,
+        {
+            "activations": A8,
+            "transforms": [{"kind": "let"}, {"kind": "smooth"}],
+            "solver": ROUNDING,
+        },
+        ("last in the list",),
+        [
+            {
+                "activations": A8,
+                "transforms": [{"kind": "smooth"}, {"kind": "let"}],
+                "solver": ROUNDING,
+            }
+        ],
+    ),
+    (
+        19,
+        {
+            "activations": {"kind": "per_tensor_static"},
+            "transforms": [{"kind": "let"}],
+            "solver": ROUNDING,
+        },
+        ("per_token",),
+        [{"activations": A8, "transforms": [{"kind": "let"}], "solver": ROUNDING}],
+    ),
+    (
+        20,
+        {"transforms": [{"kind": "let"}], "solver": {"kind": "rounding", "mode": "sigmoid"}},
+        ("straight_through", "frac"),
+        [{"transforms": [{"kind": "let"}], "solver": ROUNDING}],
+    ),
+    (
+        21,
         {"cache": {"before_rope": True}, "transforms": [{"kind": "rotate", "keys": True}]},
         ("cache.before_rope: false",),
         [
@@ -297,7 +335,7 @@ CASES += [
         ],
     ),
     (
-        18,
+        22,
         {"transforms": [{"kind": "rotate", "residual": False, "heads": False}]},
         ("residual: true", "keys: true"),
         [{"transforms": [{"kind": "rotate", "residual": False}]}, {}],

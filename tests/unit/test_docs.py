@@ -178,6 +178,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "### cfp": recipes.Cfp,
     "### rotate": recipes.Rotate,
     "### duquant": recipes.DuQuant,
+    "### let": recipes.Let,
     "## Cache": recipes.KvCache,
     "## Solver: rtn": recipes.Rtn,
     "## Solver: gptq": recipes.Gptq,

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from crossbit.activations.quantize import MIN_CLIP
+from crossbit.engine.equivalent import LIMIT
 from crossbit.engine.trained import (
     TrainedBlock,
     TrainedLinear,
     clips_of,
+    factors_of,
     layers_of,
     materialised,
 )
@@ -140,6 +142,7 @@ class Optimiser:
             "expansion": settings.expansion,
             "square": settings.expansion,
             "clip": settings.clip,
+            "log": settings.let,
         }
         self._default = settings.rounding
         self.each: dict[str, torch.optim.AdamW] = {}
@@ -152,6 +155,9 @@ class Optimiser:
         if task.settings.clip:
             for name, clip in clips_of(task.blocks, trained=True).items():
                 self._add(name, {"clip": clip}, task.settings)
+        if task.settings.let:
+            for name, factor in factors_of(task.blocks).items():
+                self._add(name, {"log": factor.log}, task.settings)
 
     def _add(self, name: str, parameters: dict[str, Tensor], settings: Training) -> None:
         self.keys[name] = list(parameters)
@@ -185,6 +191,15 @@ class Optimiser:
         optimiser.step()
         clip.grad = None
         clip.clamp_(MIN_CLIP, 1.0)
+
+    def update_factor(self, name: str, log: Tensor, gradient: Tensor, factor: float) -> None:
+        """One step of the logarithms of an input's factors."""
+        optimiser = self.each[name]
+        optimiser.param_groups[0]["lr"] = factor * self._rates["log"]
+        log.grad = gradient
+        optimiser.step()
+        log.grad = None
+        log.clamp_(-LIMIT, LIMIT)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Everything it remembers, named; the tensors are its own."""
@@ -304,17 +319,23 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
     regulariser = settings.regulariser if share >= ANNEAL_FROM else 0.0
     batch = _batch(task, progress.done)
 
+    found: dict[int, dict[str, Tensor]] = {}
+
     def update_layer(name: str, layer: TrainedLinear) -> None:
         assert layer.weight is not None
         if layer.weight.grad is None:
             return  # frozen, or an expert that no token of the batch reached
         gradients = pull_back(layer.state, layer.weight.grad, regulariser=regulariser, beta=beta)
         layer.weight = None
+        found[id(layer)] = {k: gradients[k] for k in ("rows", "columns") if k in gradients}
         optimiser.update(name, layer, gradients, factor)
 
     def update(blocks: Sequence[TrainedBlock]) -> None:
         for name, layer in layers_of(blocks):
             update_layer(name, layer)
+        for name, equivalent in factors_of(blocks).items() if settings.let else ():
+            wanted = equivalent.gradient(found)
+            optimiser.update_factor(name, equivalent.log, wanted, factor)
         for name, clip in clips_of(blocks, trained=True).items():
             if clip.grad is not None:
                 optimiser.update_clip(name, clip, factor)

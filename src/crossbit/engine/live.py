@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossbit.engine.equivalent import equivalents
 from crossbit.engine.job import Job
 from crossbit.engine.opening import OpenBlock
-from crossbit.engine.trained import TrainedBlock, clips_of, layers_of, with_states
+from crossbit.engine.trained import TrainedBlock, clips_of, factors_of, layers_of, with_states
 from crossbit.grid import QTensor
 from crossbit.rotations.duquant import DuRotation
 from crossbit.runtime.install import QuantizedLayer
@@ -28,6 +29,7 @@ def parameters_of(blocks: Sequence[TrainedBlock]) -> dict[str, Tensor]:
             for key, parameter in layer.state.parameters.items()
         },
         **clips_of(blocks),
+        **{name: factor.log for name, factor in factors_of(blocks).items()},
     }
 
 
@@ -54,6 +56,8 @@ def pack(blocks: Sequence[TrainedBlock]) -> tuple[dict[str, Tensor], dict[str, A
             "frozen": layer.frozen,
             "begun": layer.begun,
         }
+    for name, factor in factors_of(blocks).items():
+        tensors.update({f"{name}/{key}": t for key, t in factor.tensors().items()})
     for block in blocks:
         for key, parameter in block.module.named_parameters():
             tensors[f"module/{block.index}/{key}"] = parameter
@@ -130,4 +134,13 @@ def _block(
     with torch.no_grad():
         for key, parameter in block.module.named_parameters():
             parameter.copy_(tensors[f"module/{index}/{key}"])
+    if job.recipe.let:
+        begun: dict[str, dict[str, Tensor]] = {}
+        for group in plan.structure.groups:
+            name = f"factors/{index}/{group.name}"
+            if f"parameter/{name}" in tensors:
+                own = {k: tensors.get(f"{name}/{k}") for k in ("gain", "bias")}
+                begun[group.name] = {k: t for k, t in own.items() if t is not None}
+                begun[group.name]["log"] = tensors[f"parameter/{name}"]
+        block.equivalents = equivalents(block.module, plan, block.layers, begun)
     return block

@@ -197,6 +197,7 @@ def _open_window(
                 job.shell.block_kwargs(length, job.dtype)[index],
                 job.dtype,
                 job.recipe.calibration.seed,
+                let=job.recipe.let,
             )
             job.online.quantize(job.plan.blocks[index].structure, block.module)
             live[index] = block

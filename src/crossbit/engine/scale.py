@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossbit.engine.equivalent import trainable
 from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
 from crossbit.models.structure import NormSource, RowSource
-from crossbit.recipe import AwqScale, Cfp, CrossFold, Fold, Smooth
+from crossbit.recipe import AwqScale, Cfp, CrossFold, Fold, Let, Smooth
 from crossbit.transforms import awq_scale, cfp, cross_fold, smooth
 from crossbit.transforms.fold import fold
 from crossbit.transforms.search import FoldChoice, FoldProblem
@@ -27,6 +28,7 @@ _CHOOSE: dict[type, Callable[[FoldProblem, Any], FoldChoice]] = {
     Smooth: smooth.choose,
     AwqScale: awq_scale.choose,
     Cfp: cfp.choose,
+    Let: lambda problem, config: smooth.choose(problem, Smooth(strength=config.start)),
 }
 
 
@@ -71,6 +73,8 @@ def apply_transforms(
                 reason = "its input is not quantized"
                 records.append({"group": group.name, "kind": config.kind, "skipped": reason})
                 continue
+            if isinstance(config, Let) and not _starts_let(plan, state):
+                continue  # its factors begin at 1, or it has none
             norms_only = isinstance(config, Smooth) and config.targets == "norms"
             if norms_only and not isinstance(group.source, NormSource):
                 continue
@@ -131,6 +135,10 @@ def _truncate(
                     continue
         block.get_submodule(name).get_parameter("weight").copy_(result.weight)
     return records
+
+
+def _starts_let(plan: BlockPlan, state: GroupState) -> bool:
+    return trainable(plan, state.group) and plan.group_activations(state.group) is not None
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:

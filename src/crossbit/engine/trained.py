@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from crossbit.activations.quantize import (
     per_token_clip_ste,
     per_token_ste,
 )
+from crossbit.engine.equivalent import Equivalent, equivalents
 from crossbit.engine.opening import OpenBlock
 from crossbit.engine.plan import BlockPlan
 from crossbit.grid import QTensor
@@ -131,6 +132,7 @@ class TrainedBlock:
         layers: those, by relative name.
         kwargs: keyword arguments of its forward.
         record: what the report says of it.
+        equivalents: factors of inputs that are trained.
     """
 
     index: int
@@ -138,6 +140,7 @@ class TrainedBlock:
     layers: dict[str, TrainedLinear]
     kwargs: dict[str, Any]
     record: dict[str, Any]
+    equivalents: list[Equivalent] = field(default_factory=list)
 
     def run(self, hidden: Tensor) -> Tensor:
         """Hidden state [B, L, D] through the block; gradients flow if enabled."""
@@ -147,6 +150,8 @@ class TrainedBlock:
 
     def hardened(self) -> OpenBlock:
         """The block as it will be written; the module goes with it."""
+        for equivalent in self.equivalents:
+            equivalent.apply()
         layers = {name: layer.hardened() for name, layer in self.layers.items()}
         return OpenBlock(self.module, layers, record=self.record)
 
@@ -174,6 +179,8 @@ def make_trainable(
     kwargs: dict[str, Any],
     dtype: torch.dtype,
     seed: int,
+    *,
+    let: bool = False,
 ) -> TrainedBlock:
     """Put ``TrainedLinear`` layers into an opened block, in place; its rest is cast to ``dtype``.
 
@@ -184,6 +191,7 @@ def make_trainable(
         kwargs: of the block's forward.
         dtype: of computation.
         seed: of what starts at random.
+        let: train factors of its inputs.
     """
     states = {}
     for number, (name, layer) in enumerate(opened.layers.items()):
@@ -193,7 +201,10 @@ def make_trainable(
         choice = choice_of(plan.layers[name].rounding)
         own = ((seed * 1_000_003 + index) * 1009 + number) % (1 << 63)
         states[name] = start_rounding(weight, layer.qtensor, choice, seed=own)
-    return with_states(index, opened, plan, kwargs, dtype, states)
+    block = with_states(index, opened, plan, kwargs, dtype, states)
+    if let:
+        block.equivalents = equivalents(block.module, plan, block.layers)
+    return block
 
 
 def with_states(
@@ -281,6 +292,11 @@ def clips_of(blocks: Iterable[TrainedBlock], *, trained: bool = False) -> dict[s
     return found
 
 
+def factors_of(blocks: Iterable[TrainedBlock]) -> dict[str, Equivalent]:
+    """The trained factors of inputs, by a name that is unique over the blocks."""
+    return {f"factors/{b.index}/{e.group.name}": e for b in blocks for e in b.equivalents}
+
+
 @contextmanager
 def materialised(
     blocks: Iterable[TrainedBlock],
@@ -297,7 +313,11 @@ def materialised(
     With ``first``, undecided layers have the weights that they would have without training.
     """
     blocks = list(blocks)
+    factors = [e for block in blocks for e in block.equivalents]
     try:
+        for equivalent in factors:
+            equivalent.apply()
+            equivalent.leaves(grad)
         for _, layer in layers_of(blocks):
             if first and layer.undecided:
                 weight = layer.first.dequantize().to(dtype)
@@ -310,6 +330,8 @@ def materialised(
             clip.requires_grad_()
         yield
     finally:
+        for equivalent in factors:
+            equivalent.leaves(False)
         for _, layer in layers_of(blocks):
             layer.weight = None
             forget_moved(layer.state)

@@ -45,7 +45,7 @@ from crossbit.estimate.shapes import (
     wants_sample,
 )
 from crossbit.export.artifact import ROWS as END_ROWS
-from crossbit.recipe import AwqScale, Cfp, CrossFold, EndToEnd, Gptq, Rtn, Smooth
+from crossbit.recipe import AwqScale, CrossFold, EndToEnd, Fold, Gptq, Rtn, Smooth
 from crossbit.solvers.gptq import ROWS as GPTQ_ROWS
 from crossbit.transforms import column_fit, cross_fold, smooth
 
@@ -172,7 +172,7 @@ def _open(d: Description, block: BlockShape, work: defaultdict[str, float]) -> N
 def _fold(
     d: Description,
     group: GroupShape,
-    transform: CrossFold | Smooth | AwqScale | Cfp,
+    transform: Fold,
     work: defaultdict[str, float],
 ) -> None:
     if not group.foldable:

@@ -58,7 +58,7 @@ def fold(
     # Everything that can be refused is computed before anything is written.
     if isinstance(source, NormSource):
         norm = block.get_submodule(source.module)
-        gain, bias, f = _norm_quotients(norm, source, f, stored)
+        gain, bias, f = norm_quotients(norm, source, f, stored)
         _refuse_overflow(block, group, f)
         if bias is not None:
             old = _parameter(norm, "bias")
@@ -122,10 +122,13 @@ def _shared(f: Tensor, rows: Tensor) -> Tensor:
     return per_row[rows]
 
 
-def _norm_quotients(
+def norm_quotients(
     norm: nn.Module, source: NormSource, f: Tensor, stored: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """New stored weight [K], new bias [K] or None, realised f float64 [K]."""
+    """A norm divided by f [K]: new weight [K], new bias [K] or None, realised f float64 [K].
+
+    ``stored``: dtype of the new ones, None is the norm's own.
+    """
     weight = _parameter(norm, "weight")
     f = f.to(weight.device)
     old = _gain(weight, source.gain_offset)
