@@ -141,9 +141,13 @@ RULES: tuple[Rule, ...] = (
         "`crossbit evaluate --divisor`",
     ),
     Rule(
-        lambda r: any(a.kind == "per_tensor_static" and a.bits != 8 for a in _activations(r)),
-        "static per-tensor activations below 8 bits: no runtime executes them",
-        "bits: 8 with per_tensor_static, or kind per_token",
+        lambda r: (
+            not r.online
+            and any(a.kind == "per_tensor_static" and a.bits != 8 for a in _activations(r))
+        ),
+        "static per-tensor activations below 8 bits: no other runtime executes them",
+        "bits: 8 with per_tensor_static, kind per_token, or an online recipe (prefix, cache, a "
+        "rotation at run time)",
     ),
     Rule(
         lambda r: any(

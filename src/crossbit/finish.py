@@ -13,7 +13,7 @@ import crossbit
 from crossbit.cache import atomic_write
 from crossbit.corpora import evaluation_windows, load_text
 from crossbit.engine.progress import Reporter, peak_memory
-from crossbit.engine.workdir import WorkDir, part_name
+from crossbit.engine.workdir import PREFIX, WorkDir, part_name
 from crossbit.errors import WorkError
 from crossbit.evaluation.run import compare_losses, losses_of
 from crossbit.export.artifact import folder_config, stored_name
@@ -66,7 +66,8 @@ def finish(run: Run, work: WorkDir, output: OutputFolder, reporter: Reporter) ->
 
 def _write_weights(run: Run, work: WorkDir, staged: Path) -> ShardWriter:
     writer = ShardWriter(staged)
-    parts = ["outside", *(part_name(i) for i in range(len(run.plan.blocks)))]
+    parts = [PREFIX] if run.online.prefix is not None else []
+    parts += ["outside", *(part_name(i) for i in range(len(run.plan.blocks)))]
     for part in parts:
         for name, tensor in work.tensors(part):
             writer.add(name, tensor)
@@ -229,7 +230,7 @@ def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | No
     settings = run.recipe.evaluation
     if settings.windows == 0:
         return None
-    length = evaluation_length(run.config, settings.length)
+    length = evaluation_length(run.config, settings.length, run.prefix)
     corpus = load_text(settings.text, split="evaluation", tokenizer=run.tokenizer)
     ids = evaluation_windows(
         corpus, run.tokenizer, length=length, windows=None, bos=needs_bos(run.config)
@@ -254,7 +255,7 @@ def _verify(run: Run, staged: Path, digests: dict[str, str], result: dict[str, A
     ids = evaluation_windows(
         text,
         run.tokenizer,
-        length=evaluation_length(run.config, VERIFY_TOKENS),
+        length=evaluation_length(run.config, VERIFY_TOKENS, run.prefix),
         windows=1,
         bos=needs_bos(run.config),
     )

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from crossbit.device import check_device
 from crossbit.engine.head import head_hessian
 from crossbit.engine.job import Job, needs_calibration
 from crossbit.engine.loop import run_blocks
+from crossbit.engine.prefix import choose_prefix, outlier_tokens, prefix_tokens
 from crossbit.engine.prepare import OpenModel, open_model
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
-from crossbit.engine.workdir import WorkDir
+from crossbit.engine.workdir import PREFIX, WorkDir
 from crossbit.errors import InputError, WorkError
 from crossbit.estimate.shapes import Description, describe
 from crossbit.estimate.verdict import refuse
@@ -35,10 +36,11 @@ from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, companion_bytes, read_result
-from crossbit.recipe import Calibration, Gptq, Recipe, first_solver
+from crossbit.recipe import Calibration, Gptq, Prefix, Recipe, first_solver
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.loader import own_dtype
+from crossbit.runtime.online import Online, PrefixTokens
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _work(
     """Quantize the blocks, then finish the folder; the content of its crossbit.json."""
     clock = time.monotonic()
     stages: dict[str, float] = {"prepare": clock - started}
-    _run(prepared, directory, reporter)
+    online = _run(prepared, directory, reporter)
     stages["quantize"] = time.monotonic() - clock
     peak = {"quantize": peak_memory()}
     run = Run(
@@ -173,7 +175,7 @@ def _work(
         tokenizer=open_tokenizer(prepared.folder.path),
         structure=prepared.model.shell.structure,
         plan=prepared.model.plan,
-        online=prepared.model.online,
+        online=online,
         dtype=prepared.dtype,
         device=device,
         manifest=manifest,
@@ -281,13 +283,14 @@ def _prepare(
     )
 
 
-def check_length(config: Any, length: int) -> None:
-    """InputError if sequences of ``length`` tokens are longer than the model's positions."""
+def check_length(config: Any, length: int, prefix: int = 0) -> None:
+    """InputError if sequences of ``length`` tokens after a prefix exceed the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
+    if limit is not None and length + prefix > limit:
+        after = f" after a prefix of {prefix}" if prefix else ""
         raise InputError(
-            f"sequences of {length} tokens are longer than the model's {limit} positions; "
-            f"give --length {limit} or less"
+            f"sequences of {length} tokens{after} are longer than the model's {limit} positions; "
+            f"give --length {limit - prefix} or less"
         )
 
 
@@ -302,11 +305,16 @@ def check_vocabulary(ids: Tensor, shell: Shell) -> None:
         )
 
 
-def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
+def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> Online:
+    """Quantize everything; what happens at run time beside it."""
     opened, dtype = prepared.model, prepared.dtype
     shell, weights = opened.shell, opened.weights
     shell.load_outside(weights, dtype)
     release_memory()
+    online = opened.online
+    if prepared.recipe.prefix is not None:
+        online = replace(online, prefix=_prefix(prepared, directory, prepared.recipe.prefix))
+        online.dress(shell)
 
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
         plan = opened.plan.blocks[index]
@@ -322,7 +330,7 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
         dtype,
         write,
         partial(round_embedding, shell, opened.plan),
-        opened.online,
+        online,
     )
     run_blocks(job, directory, reporter)
     if not directory.has("outside"):
@@ -339,6 +347,28 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> None:
         )
         shell.free_outside()
         release_memory()
+    return online
+
+
+def _prefix(prepared: Prepared, directory: WorkDir, config: Prefix) -> PrefixTokens:
+    """The prefix of the model: found once, and kept in the work folder."""
+    opened = prepared.model
+    if not directory.has(PREFIX):
+        tokens = config.tokens
+        if tokens is None:
+            assert prepared.ids is not None
+            ids = prepared.ids[: config.sequences]
+            original = Shell(prepared.config, device=str(opened.shell.device))
+            original.load_outside(opened.files, prepared.dtype)
+            outliers = outlier_tokens(original, opened.files, ids, config)
+            first = getattr(prepared.config, "bos_token_id", None)
+            tokens = tuple(choose_prefix(ids, outliers, first, config))
+            del original
+        check_length(prepared.config, prepared.recipe.calibration.length, len(tokens))
+        found = prefix_tokens(opened.shell, opened.weights, list(tokens), prepared.dtype)
+        directory.save_part(PREFIX, found.tensors(), {"tokens": list(tokens)})
+    stored = dict(directory.tensors(PREFIX))
+    return PrefixTokens.from_tensors(stored, opened.shell.num_blocks)
 
 
 def _manifest(prepared: Prepared) -> dict[str, Any]:

@@ -177,6 +177,18 @@ class KvCache(Strict):
     before_rope: bool = False
 
 
+class Prefix(Strict):
+    """Tokens before every text whose keys and values stay in floating point (PrefixQuant).
+
+    Searched on ``sequences`` of the calibration text unless ``tokens`` names them by their ids.
+    """
+
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    ratio: float = Field(64.0, gt=1)
+    sequences: int = Field(8, ge=1)
+    largest: int = Field(8, ge=1)
+
+
 class Calibration(Strict):
     """How much text is used, and how it is cut. ``holdout`` is kept out of column maxima."""
 
@@ -213,6 +225,7 @@ class Recipe(Strict):
     weights: WeightGrid = WeightGrid()
     activations: Activations | None = None
     cache: KvCache | None = None
+    prefix: Prefix | None = None
     transforms: tuple[Transform, ...] = ()
     solver: Solver = Rtn()
     objective: Objective = Objective()
@@ -278,7 +291,8 @@ class Recipe(Strict):
         """True if something happens at run time that only crossbit does."""
         rotation = self.rotation
         rotates = rotation is not None and (rotation.down or rotation.keys)
-        return rotates or self.cache is not None or self.duquant is not None
+        others = (self.cache, self.prefix, self.duquant)
+        return rotates or any(other is not None for other in others)
 
     @property
     def kind(self) -> Literal["plain", "online", "research"]:
@@ -448,6 +462,7 @@ _FIELDS: dict[str, type[BaseModel]] = {
     "Activations": Activations,
     "overrides": Override,
     "cache": KvCache,
+    "prefix": Prefix,
     "calibration": Calibration,
     "evaluation": Evaluation,
     "cross_fold": CrossFold,

@@ -36,8 +36,13 @@ class Run:
     peak: dict[str, int]
     started: float
 
+    @property
+    def prefix(self) -> int:
+        """Tokens before every text."""
+        return 0 if self.online.prefix is None else self.online.prefix.ids.numel()
 
-def evaluation_length(config: Any, wanted: int) -> int:
-    """Tokens of an evaluation window: ``wanted``, or the model's positions if those are fewer."""
-    limit = getattr(config, "max_position_embeddings", None) or wanted
-    return min(wanted, int(limit))
+
+def evaluation_length(config: Any, wanted: int, prefix: int = 0) -> int:
+    """Tokens of an evaluation window: ``wanted``, or the positions that a prefix leaves."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return wanted if not limit else min(wanted, int(limit) - prefix)

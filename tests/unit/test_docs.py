@@ -180,6 +180,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "### duquant": recipes.DuQuant,
     "### let": recipes.Let,
     "## Cache": recipes.KvCache,
+    "## Prefix": recipes.Prefix,
     "## Solver: rtn": recipes.Rtn,
     "## Solver: gptq": recipes.Gptq,
     "## Overrides": recipes.Override,

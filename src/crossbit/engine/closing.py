@@ -43,7 +43,7 @@ def close_block(
         structure = job.plan.blocks[index].structure
         install(block, structure, layers, job.dtype)
         block.to(job.dtype)
-        job.online.quantize(structure, block)
+        job.online.quantize(structure, index, block)
         # The stream first: a block counts as finished only when its successor can start.
         error, leaving = _advance(job, work, index, entering, opened.target)
     seconds = opened.record.pop("seconds") + time.monotonic() - started

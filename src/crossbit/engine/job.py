@@ -60,6 +60,7 @@ def needs_calibration(recipe: Recipe) -> bool:
     return (
         bool(recipe.folds)
         or recipe.duquant is not None
+        or (recipe.prefix is not None and recipe.prefix.tokens is None)
         or recipe.trains
         or any(
             isinstance(s, Gptq) or (isinstance(s, Rtn) and s.clip == "awq")

@@ -127,7 +127,7 @@ def _block(
     kwargs = job.shell.block_kwargs(length, job.dtype)[index]
     opened = OpenBlock(module, layers, record=own)
     block = with_states(index, opened, plan, kwargs, job.dtype, states)
-    job.online.quantize(plan.structure, block.module)
+    job.online.quantize(plan.structure, index, block.module)
     for name, trained in block.layers.items():
         trained.frozen = known[f"{index}/{name}"]["frozen"]
         trained.begun = known[f"{index}/{name}"]["begun"]

@@ -199,7 +199,7 @@ def _open_window(
                 job.recipe.calibration.seed,
                 let=job.recipe.let,
             )
-            job.online.quantize(job.plan.blocks[index].structure, block.module)
+            job.online.quantize(job.plan.blocks[index].structure, index, block.module)
             live[index] = block
             del opened
             release_memory()

@@ -54,7 +54,7 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
     rotate = recipe.rotation
     online = Online(keys=rotate is not None and rotate.keys, cache=cache)
     attn = "sdpa"
-    if online.attention:
+    if online.attention or recipe.prefix is not None:
         register()
         attn = IMPLEMENTATION
     shell = Shell(config, attn=attn, device=device)

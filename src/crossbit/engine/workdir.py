@@ -42,6 +42,7 @@ from crossbit.errors import InputError, WorkError
 from crossbit.safetensors_format import raw_bytes
 
 MANIFEST = "manifest.json"
+PREFIX = "prefix"
 TARGET = "target"
 
 

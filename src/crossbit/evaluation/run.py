@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossbit.engine.progress import Reporter, release_memory
+from crossbit.errors import InputError
 from crossbit.evaluation.perplexity import window_losses
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
 from crossbit.runtime.linear import Execution
@@ -30,6 +31,13 @@ def losses_of(
 ) -> list[float]:
     """Mean negative log-likelihood (nats) of every window int64 [W, L] under a local folder."""
     source = open_blocks(folder, dtype=dtype, device=device, execution=execution, divisor=divisor)
+    prefix = 0 if source.online.prefix is None else source.online.prefix.ids.numel()
+    limit = getattr(source.shell.config, "max_position_embeddings", None)
+    if prefix and limit and prefix + ids.shape[1] > limit:
+        raise InputError(
+            f"{folder}: windows of {ids.shape[1]} tokens after its prefix of {prefix} exceed the "
+            f"model's {limit} positions; give --length {limit - prefix} or less"
+        )
     found = window_losses(source, ids, reporter or Reporter(quiet=True), title)
     del source
     release_memory()

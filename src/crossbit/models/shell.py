@@ -140,6 +140,8 @@ class Shell:
         self._kwargs: dict[tuple[int, torch.dtype], list[dict[str, Any]]] = {}
         self._outside_dtype: torch.dtype | None = None
         self.dress: Callable[[int, nn.Module], None] | None = None
+        self._prefix: Tensor | None = None
+        self._cut: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def _blocks(self) -> nn.ModuleList:
@@ -282,6 +284,16 @@ class Shell:
         """Put the empty block back; whatever was loaded or changed there is dropped."""
         self._blocks[index] = self._empty[index]
 
+    def put_prefix(self, ids: Tensor, cut: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Let every text come after the tokens ``ids`` [P], which the blocks know of themselves.
+
+        Args:
+            ids: int64; they take the first P positions.
+            cut: keyword arguments of a block for P + L tokens -> those for the last L of them.
+        """
+        self._prefix, self._cut = ids.to(self.device), cut
+        self._kwargs.clear()
+
     # -- running ------------------------------------------------------------------------------
 
     @contextmanager
@@ -303,11 +315,16 @@ class Shell:
         """Token ids int64 [B, L] -> hidden state before the first block [B, L, D]."""
         self._loaded_dtype()
         recorders = [_Recorder(stop=i == 0) for i in range(self.num_blocks)]
+        ids = ids.to(self.device)
+        first = 0
+        if self._prefix is not None:  # positions may be added here already
+            first = self._prefix.numel()
+            ids = torch.cat((self._prefix.expand(ids.shape[0], -1), ids), dim=1)
         with self._recording(recorders), suppress(_Reached):
-            self.model(input_ids=ids.to(self.device), use_cache=False)
+            self.model(input_ids=ids, use_cache=False)
         hidden = recorders[0].hidden
         assert hidden is not None
-        return hidden
+        return hidden[:, first:]
 
     @torch.no_grad()
     def block_kwargs(self, length: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -326,15 +343,15 @@ class Shell:
             last = self.num_blocks - 1
             recorders = [_Recorder(stop=i == last) for i in range(self.num_blocks)]
             embedding = self.model.get_submodule(self.structure.embedding)
-            inputs = torch.zeros(
-                1, length, embedding.embedding_dim, dtype=dtype, device=self.device
-            )
+            total = length + (0 if self._prefix is None else self._prefix.numel())
+            inputs = torch.zeros(1, total, embedding.embedding_dim, dtype=dtype, device=self.device)
             # Projections before the blocks (OPT) must not object to a dtype other than their own.
             before = {n: self.model.get_submodule(n) for n in self.structure.outside[1:]}
             stubbed = self._replaced({n: _Zeros(m.out_features) for n, m in before.items()})
             with self._recording(recorders), stubbed, suppress(_Reached):
                 self.model(inputs_embeds=inputs, use_cache=False)
-            self._kwargs[key] = [r.kwargs for r in recorders]
+            found = [r.kwargs for r in recorders]
+            self._kwargs[key] = found if self._cut is None else [self._cut(k) for k in found]
         return self._kwargs[key]
 
     @contextmanager

@@ -344,6 +344,27 @@ def positions_after(prefix: int, length: int, device: torch.device | str = "cpu"
     return torch.arange(prefix, prefix + length, device=device).unsqueeze(0)
 
 
+def start_after(model: nn.Module, prefix: int) -> None:
+    """Let a whole model count positions from P on, whoever calls it, with a cache or without.
+
+    What a caller gives as ``position_ids`` is counted from 0, as generation does.
+    """
+
+    def shift(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = kwargs.get("position_ids")
+        if given is None:
+            ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            assert isinstance(ids, Tensor)
+            cache = kwargs.get("past_key_values")
+            past = 0 if cache is None else int(cache.get_seq_length())
+            given = positions_after(past, ids.shape[1], ids.device)
+        return args, {**kwargs, "position_ids": given + prefix}
+
+    model.register_forward_pre_hook(shift, with_kwargs=True)
+
+
 def prefix_kwargs(kwargs: Mapping[str, Any], prefix: int) -> dict[str, Any]:
     """Keyword arguments of a block for sequences of L tokens after a prefix of P.
 

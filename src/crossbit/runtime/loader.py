@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from crossbit.errors import InputError
 from crossbit.export.reader import QuantizedCheckpoint, is_quantized
 from crossbit.export.research import is_research, model_config, online_content
 from crossbit.grid import QTensor
@@ -22,7 +23,7 @@ from crossbit.models.experts import checkpoint_name
 from crossbit.models.opening import open_config
 from crossbit.models.shell import Shell
 from crossbit.models.validate import read_config
-from crossbit.runtime.attention import IMPLEMENTATION, register
+from crossbit.runtime.attention import IMPLEMENTATION, register, start_after
 from crossbit.runtime.install import QuantizedLayer, install
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.online import Online
@@ -72,7 +73,7 @@ class BlockSource:
                 if layer is not None:
                     layers[name] = layer
             install(block, structure, layers, self.dtype, self.execution)
-            self.online.quantize(structure, block)
+            self.online.quantize(structure, index, block)
         return block
 
     def _layer(self, name: str) -> QuantizedLayer | None:
@@ -119,13 +120,19 @@ def open_blocks(
     config: Any = folder_config(folder)
     dtype = dtype or own_dtype(config)
     content = online_content(folder)
-    online = Online.of_json(content) if content else Online()
+    quantized = QuantizedCheckpoint(folder) if is_quantized(folder) else None
+    online = Online()
+    if content and quantized is not None:
+        blocks = int(config.num_hidden_layers)
+        try:
+            online = Online.of_json(content, quantized.stored, blocks)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
     if online.attention:
         register()
         attn = IMPLEMENTATION
     shell = Shell(config, attn=attn, device=device)
-    if is_quantized(folder):
-        quantized = QuantizedCheckpoint(folder)
+    if quantized is not None:
         online.dress(shell)
         return BlockSource(
             shell,
@@ -166,4 +173,6 @@ def load_model(
     for index in range(source.shell.num_blocks):
         source.load(index)
     model: nn.Module = source.shell.model
+    if source.online.prefix is not None:
+        start_after(model, source.online.prefix.ids.numel())
     return model

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from crossbit.activations.kv import KVGrid
 from crossbit.errors import InputError
+from crossbit.models.experts import TensorSource
 from crossbit.models.shell import Shell
 from crossbit.models.structure import BlockStructure
 from crossbit.rotations.hadamard import apply_hadamard, order_parts
-from crossbit.runtime.attention import AttentionChange, attach
+from crossbit.runtime.attention import AttentionChange, attach, prefix_kwargs
 
 _MARK = "_crossbit_input"
+_PREFIX = "crossbit_prefix."
 
 InputTransform = Callable[[Tensor], Tensor]
 
@@ -37,6 +39,45 @@ class HadamardInput:
         return apply_hadamard(x, block=self.size)
 
 
+@dataclass(frozen=True, eq=False)
+class PrefixTokens:
+    """Tokens before every text, and what attention sees of them.
+
+    Attributes:
+        ids: int64 [P].
+        keys: a tensor [1, Hkv, P, D] a block, after RoPE.
+        values: the same of the values.
+    """
+
+    ids: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For the file."""
+        found = {f"{_PREFIX}ids": self.ids}
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            found |= {f"{_PREFIX}{index}.key": key, f"{_PREFIX}{index}.value": value}
+        return found
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor] | TensorSource, blocks: int) -> PrefixTokens:
+        """What ``tensors`` gave.
+
+        Raises:
+            InputError: a tensor of it is missing.
+        """
+        names = [f"{_PREFIX}{i}.{what}" for what in ("key", "value") for i in range(blocks)]
+        missing = [n for n in (f"{_PREFIX}ids", *names) if n not in stored]
+        if missing:
+            raise InputError(f"{missing[0]} is missing; the file is damaged, quantize again")
+        read = stored.__getitem__ if isinstance(stored, Mapping) else stored.tensor
+        # Copies: the files are closed while the model runs.
+        tensors = [read(n).clone() for n in names]
+        ids = read(f"{_PREFIX}ids").clone()
+        return cls(ids, tuple(tensors[:blocks]), tuple(tensors[blocks:]))
+
+
 @dataclass(frozen=True)
 class Online:
     """The run-time operations of a model.
@@ -45,11 +86,13 @@ class Online:
         hadamard: path of a linear layer -> channels of the Hadamard transform of its input.
         keys: queries and keys are rotated, head by head, after RoPE.
         cache: grid of keys and values, None for floating point.
+        prefix: tokens before every text, None if there are none.
     """
 
     hadamard: Mapping[str, int] = field(default_factory=dict)
     keys: bool = False
     cache: KVGrid | None = None
+    prefix: PrefixTokens | None = None
 
     def __bool__(self) -> bool:
         return bool(self.hadamard) or self.attention
@@ -57,12 +100,13 @@ class Online:
     @property
     def attention(self) -> bool:
         """True if something happens inside attention: ``attn`` then is ``IMPLEMENTATION``."""
-        return self.keys or self.cache is not None
+        return self.keys or self.cache is not None or self.prefix is not None
 
     def dress(self, shell: Shell) -> None:
         """Let every block that the shell loads from now on have what leaves its function alone."""
-        if not self.hadamard and not self.keys:
-            return
+        if self.prefix is not None:
+            count = self.prefix.ids.numel()
+            shell.put_prefix(self.prefix.ids, lambda kwargs: prefix_kwargs(kwargs, count))
 
         def dress(index: int, block: nn.Module) -> None:
             structure = shell.structure.blocks[index]
@@ -70,9 +114,9 @@ class Online:
                 size = self.hadamard.get(f"{structure.name}.{name}")
                 if size is not None:
                     turn_input(block.get_submodule(name), HadamardInput(size))
-            self._attach(structure, block, None)
+            self._attach(structure, index, block, None)
 
-        shell.dress = dress
+        shell.dress = dress if self else None
 
     def check(self, shell: Shell) -> None:
         """Try it on an empty block.
@@ -85,45 +129,56 @@ class Online:
             return
         structure = shell.structure.blocks[0]
         block = copy.deepcopy(shell.block(0))
-        self._attach(structure, block, self.cache)
+        self._attach(structure, 0, block, self.cache)
         if self.keys:
             width = int(getattr(attention_of(structure, block), "head_dim", 0) or 0)
             if width:
                 order_parts(width)
 
-    def quantize(self, structure: BlockStructure, block: nn.Module) -> None:
+    def quantize(self, structure: BlockStructure, index: int, block: nn.Module) -> None:
         """Let a block that is quantized, or in training, round its keys and values too."""
         if self.cache is not None:
-            self._attach(structure, block, self.cache)
+            self._attach(structure, index, block, self.cache)
 
-    def _attach(self, structure: BlockStructure, block: nn.Module, grid: KVGrid | None) -> None:
+    def _attach(
+        self, structure: BlockStructure, index: int, block: nn.Module, grid: KVGrid | None
+    ) -> None:
         if not self.attention:
             return
         change = AttentionChange(
             key=grid,
             value=None if grid is None else replace(grid, before_rope=False),
             rotation=_rotate_head if self.keys else None,
+            prefix_key=None if self.prefix is None else self.prefix.keys[index],
+            prefix_value=None if self.prefix is None else self.prefix.values[index],
         )
         attach(attention_of(structure, block), change)
 
     def to_json(self) -> dict[str, Any]:
         """For config.json."""
         cache = None if self.cache is None else asdict(self.cache)
-        return {"hadamard": dict(self.hadamard), "keys": self.keys, "cache": cache}
+        prefix = None if self.prefix is None else self.prefix.ids.tolist()
+        return {
+            "hadamard": dict(self.hadamard),
+            "keys": self.keys,
+            "cache": cache,
+            "prefix": prefix,
+        }
 
     @classmethod
-    def of_json(cls, data: Any) -> Online:
-        """What ``to_json`` wrote.
+    def of_json(cls, data: Any, stored: TensorSource, blocks: int) -> Online:
+        """What ``to_json`` wrote; the prefix of a model of ``blocks`` blocks is in ``stored``.
 
         Raises:
             InputError: it is something else.
         """
         try:
-            cache = data["cache"]
+            cache, prefix = data["cache"], data["prefix"]
             return cls(
                 {str(k): int(v) for k, v in data["hadamard"].items()},
                 bool(data["keys"]),
                 None if cache is None else KVGrid(**cache),
+                None if prefix is None else PrefixTokens.from_tensors(stored, blocks),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError("config.json: damaged crossbit_online; quantize again") from None
