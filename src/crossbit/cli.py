@@ -268,6 +268,7 @@ def recipes(
 ) -> None:
     """List the recipes, or show one with where it comes from."""
     from crossbit.recipe import Recipe, preset_names, preset_text
+    from crossbit.recipe_files import addon_names, addon_summary
 
     if name is not None:
         typer.echo(preset_text(name), nl=False)
@@ -279,8 +280,11 @@ def recipes(
         grid, acts = recipe.weights, recipe.activations
         weights = f"{grid.bits} bits, {grid.group}"
         activations = "float" if acts is None else f"{acts.bits} bits, {acts.kind}"
-        kind = "research" if recipe.research else "plain"
-        table.add_row(preset, kind, weights, activations, recipe.summary)
+        table.add_row(preset, recipe.kind, weights, activations, recipe.summary)
+    Console().print(table)
+    table = Table("add-on", "what it adds: RECIPE+NAME, several in a row")
+    for addon in addon_names():
+        table.add_row(f"+{addon}", addon_summary(addon))
     Console().print(table)
 
 

@@ -7,23 +7,24 @@ nearest valid one.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import hashlib
 import json
 import math
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
 from crossbit.grid import Grid, auto_group_size, signed_by_default
+from crossbit.recipe_files import apply_setting, read_recipe
+from crossbit.recipe_files import nearest as nearest
+from crossbit.recipe_files import preset_names as preset_names
+from crossbit.recipe_files import preset_text as preset_text
 from crossbit.recipe_training import EndToEnd as EndToEnd
 from crossbit.recipe_training import Objective as Objective
 from crossbit.recipe_training import Strict
@@ -248,11 +249,11 @@ class Recipe(Strict):
         if isinstance(recipe, Recipe):
             data, where = recipe.model_dump(mode="json"), recipe.name
         else:
-            data, where = _read(recipe)
+            data, where = read_recipe(recipe)
             if not isinstance(data, dict):
                 raise InputError(f"recipe {where}: not a mapping of keys to values")
         for setting in settings:
-            _apply(data, setting)
+            apply_setting(data, setting)
         return cls.parse(data, where)
 
     @classmethod
@@ -345,76 +346,6 @@ class Recipe(Strict):
 def matches(pattern: str, name: str) -> bool:
     """True if ``pattern`` is the name, whole dotted parts of it, or a glob over it."""
     return f".{pattern}." in f".{name}." or fnmatch.fnmatchcase(name, pattern)
-
-
-def preset_names() -> list[str]:
-    """Names of the recipes that come with crossbit."""
-    folder = resources.files("crossbit") / "recipes"
-    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def preset_text(name: str) -> str:
-    """The YAML text of a preset; InputError with the nearest name if there is none."""
-    if name not in preset_names():
-        raise InputError(
-            f"recipe {name!r}: no preset and no file of that name"
-            + nearest(name, preset_names())
-            + "; `crossbit recipes` lists them"
-        )
-    return (resources.files("crossbit") / "recipes" / f"{name}.yaml").read_text("utf8")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A '; did you mean X?' suffix, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _read(recipe: str | Path) -> tuple[Any, str]:
-    path = Path(recipe)
-    is_file = path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir())
-    if is_file:
-        try:
-            text = path.read_text("utf8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe {path}: cannot be read ({error}); check the path") from None
-    else:
-        text = preset_text(str(recipe))
-    try:
-        return yaml.safe_load(text), str(recipe)
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        at = f" at line {line + 1}" if line is not None else ""
-        raise InputError(f"recipe {path}: not valid YAML{at}; fix the file") from None
-
-
-def _apply(data: Any, setting: str) -> None:
-    """Set one dotted ``key=value``; numbers index lists; values are YAML."""
-    key, sign, value = setting.partition("=")
-    if not sign or not key:
-        raise InputError(f"--set {setting!r}: expected key=value, such as weights.bits=4")
-    parts, node = key.split("."), data
-    for part in parts[:-1]:
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                raise InputError(f"--set {setting!r}: {part!r} is no index below {len(node)}")
-            node = node[int(part)]
-            if not isinstance(node, dict | list):
-                raise InputError(f"--set {setting!r}: item {part} is a value and has no keys")
-            continue
-        if not isinstance(node.get(part), dict | list):
-            node[part] = {}
-        node = node[part]
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"--set {setting!r}: the value is not valid YAML") from None
-    if isinstance(node, list):
-        if not parts[-1].isdecimal() or int(parts[-1]) >= len(node):
-            raise InputError(f"--set {setting!r}: {parts[-1]!r} is no index below {len(node)}")
-        node[int(parts[-1])] = parsed
-    else:
-        node[parts[-1]] = parsed
 
 
 def _explain(error: ValidationError) -> str:

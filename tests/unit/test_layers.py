@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "cache"),
     (
         *("grid", "packing", "windows", "objective", "device", "safetensors_format"),
-        *("recipe_training", "rotations"),
+        *("recipe_training", "recipe_files", "rotations"),
     ),
     ("activations", "recipe_transforms"),
     ("recipe", "models", "corpora", "solvers", "report", "engine.progress"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from crossbit.recipe import (
     preset_names,
     preset_text,
 )
+from crossbit.recipe_files import addon_names, addon_summary
 
 Q_PROJ = ("model.layers.2.self_attn.q_proj", "q_proj")
 DOWN = ("model.layers.2.mlp.down_proj", "down_proj")
@@ -63,43 +65,97 @@ def test_presets_are_valid_and_described(name: str) -> None:
     assert recipe.research == name.startswith("crossquant-paper")
 
 
+# First part of a preset's name -> kinds of transforms it must have, kinds it may have.
+TRANSFORMS: dict[str, tuple[set[str], set[str]]] = {
+    "rtn": (set(), set()),
+    "gptq": (set(), set()),
+    "awq": ({"awq_scale"}, set()),
+    "smoothquant": ({"smooth"}, set()),
+    "crossquant": (set(), {"cross_fold", "awq_scale"}),
+    "cbq": (set(), {"cross_fold", "cfp"}),
+    "omniquant": (set(), {"let"}),
+    "duquant": ({"smooth", "duquant"}, set()),
+    "quarot": ({"rotate"}, set()),
+    "prefixquant": ({"rotate"}, set()),
+    "w4a4kv4": ({"rotate", "cross_fold"}, set()),
+    "w8a8kv8": ({"cross_fold"}, set()),
+    "best": (set(), {"rotate", "cross_fold", "duquant", "awq_scale"}),
+}
+TRAINED = {"cbq", "omniquant", "duquant", "prefixquant", "best"}
+ONLINE = {"duquant", "quarot", "prefixquant", "w4a4kv4", "w8a8kv8"}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_do_what_their_names_say(name: str) -> None:
     recipe = Recipe.load(name)
     parts = name.split("-")
     for part in parts:
-        if part.startswith("w") and "a" in part:
-            weights, activations = part[1:].split("a")
+        match = re.fullmatch(r"w(\d)a(\d+)(?:kv(\d))?", part)
+        if match:
+            weights, activations, cache = match.groups()
             assert recipe.weights.bits == int(weights)
             bits = 16 if recipe.activations is None else recipe.activations.bits
             assert bits == int(activations)
+            assert (None if recipe.cache is None else recipe.cache.bits) == (
+                None if cache is None else int(cache)
+            )
         elif part.startswith("g") and part[1:].isdecimal():
             assert recipe.weights.group == int(part[1:])
+        elif part == "channel":
+            assert recipe.weights.group == "channel"
     kinds = {t.kind for t in recipe.transforms}
+    must, may = TRANSFORMS[parts[0]]
+    assert must <= kinds <= must | may
     folded = recipe.activations is not None and recipe.activations.kind == "cross_folded"
     assert ("cross_fold" in kinds) == folded
-    assert folded == (
-        (parts[0] == "crossquant" and not recipe.research)
-        or (parts[0] == "cbq" and "paper" not in parts and recipe.activations is not None)
-    )
-    assert ("smooth" in kinds) == ("smoothquant" in parts)
+    if parts[0] == "crossquant":
+        assert folded != recipe.research
     if "awq" in parts:
         assert "awq_scale" in kinds
     if "gptq" in parts:
         assert isinstance(recipe.solver, Gptq)
+    assert recipe.trains == (parts[0] in TRAINED)
     if parts[0] == "cbq":
-        assert isinstance(recipe.solver, TrainedRounding)
-        assert recipe.trains
         assert ("cfp" in kinds) == ("paper" in parts)
-    else:
-        assert not recipe.trains
+    if parts[0] in ONLINE:
+        assert recipe.kind == "online"
+    elif parts[0] != "best":
+        assert recipe.kind in ("plain", "research")
+    if "plain" in parts:
+        assert recipe.kind == "plain"
     signed = recipe.weights.symmetric and recipe.weights.bits <= 4 and "paper" not in parts
     # Kernels that multiply 4-bit weights with 8-bit inputs read group scales as unsigned.
     signed &= not (recipe.weights.group == 64 and "w4a8" in parts)
     assert recipe.weights.grid(64).signed == signed
     if parts[0] == "rtn":
         assert isinstance(recipe.solver, Rtn)
-        assert not kinds
+
+
+@pytest.mark.parametrize("addon", addon_names())
+def test_addons_go_with_a_preset_and_are_described(addon: str) -> None:
+    recipe = Recipe.load(f"cbq-w4a4+{addon}")
+    check_recipe(recipe)
+    assert recipe.name == f"cbq-w4a4+{addon}"
+    assert recipe.summary.endswith(addon_summary(addon))
+    plain = Recipe.load("cbq-w4a4")
+    alike = recipe.model_dump(exclude={"name", "summary"})
+    assert alike != plain.model_dump(exclude={"name", "summary"})
+
+
+def test_addons_stand_where_their_transforms_belong() -> None:
+    recipe = Recipe.load("smoothquant-w8a8+duquant+rotate+sde", ["solver.kind=rounding"])
+    assert [t.kind for t in recipe.transforms] == ["rotate", "smooth", "duquant"]
+    both = Recipe.load("omniquant-w3a16+sde+cl")
+    assert both.objective.ahead == (1, 0, 1)
+    assert isinstance(both.solver, TrainedRounding)
+    assert both.solver.expansion is not None
+    assert both.solver.expansion.width == 8
+
+
+def test_unknown_addons_and_settings_that_do_not_fit_are_told() -> None:
+    assert "did you mean 'sde'" in refused("omniquant-w4a4+sdee")
+    assert "known: " in refused("omniquant-w4a4+")
+    assert "solver" in refused("gptq-w4a16+sde")
 
 
 def test_the_recipes_of_the_plan_are_there() -> None:
