@@ -1,0 +1,118 @@
+"""Tables of recipes and changes: a row is quantized, evaluated on a text, and removed.
+
+One result a row and seed, so that a stopped benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import crossbit
+from benchmarks.store import once
+from crossbit.evaluation.statistics import paired_loss, perplexity
+
+WINDOWS = 40
+# What a row is: a preset (add-ons included), and settings.
+Rows = Mapping[str, tuple[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with a common budget.
+
+    Attributes:
+        name: of the table, the beginning of its results' names.
+        rows: its rows.
+        samples, length: calibration sequences and their tokens.
+        settings: of every row.
+        model: that is quantized.
+    """
+
+    name: str
+    rows: Rows
+    samples: int
+    length: int
+    settings: tuple[str, ...] = ()
+    model: str = "demo"
+
+
+def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict[str, Any]:
+    """Quantize, evaluate the folder, remove it."""
+    preset, changes = table.rows[row]
+    out: Path = args.work / table.name
+    shutil.rmtree(out, ignore_errors=True)
+    made = crossbit.quantize(
+        table.model,
+        preset,
+        out=out,
+        samples=table.samples,
+        length=table.length,
+        seed=seed,
+        settings=[
+            *table.settings,
+            *changes,
+            "embedding=null",
+            "head=null",
+            "evaluation.windows=0",
+        ],
+        overwrite=True,
+    )
+    found = crossbit.evaluate(str(out), text=args.text, windows=WINDOWS)["perplexity"]
+    shutil.rmtree(out)
+    return {
+        "row": row,
+        "seed": seed,
+        "model": table.model,
+        "recipe": preset,
+        "kind": made["kind"],
+        "settings": [*table.settings, *changes],
+        "samples": table.samples,
+        "length": table.length,
+        "losses": found["losses"],
+        "perplexity": found["value"],
+        "stderr": found["stderr"],
+        "seconds": made["time"]["stages"]["quantize"],
+        "peak_rss": made["memory"]["stages"]["quantize"],
+        "windows": [
+            {key: window[key] for key in ("blocks", "before", "after", "events", "seconds")}
+            for window in made["training"]
+        ],
+    }
+
+
+def run(table: Table, doc: str | None) -> None:
+    """The command line of a table."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--text", required=True, help="WikiText-2 raw test, as a file or wikitext2")
+    parser.add_argument("--work", type=Path, required=True, help="folder for quantized models")
+    parser.add_argument("--only", help="rows, separated by semicolons; default: all")
+    parser.add_argument("--seeds", default="0,1")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    original = once(
+        f"{table.model}-original-{WINDOWS}",
+        f"crossbit evaluate {table.model} --windows {WINDOWS}",
+        lambda: crossbit.evaluate(table.model, text=args.text, windows=WINDOWS)["perplexity"],
+    )["losses"]
+    for seed in map(int, args.seeds.split(",")):
+        for row in args.only.split(";") if args.only else table.rows:
+            name = re.sub(r"[^a-z0-9.+]+", "-", row.lower()).strip("-")
+            found = once(
+                f"{table.name}-{name}-seed{seed}",
+                f"python -m benchmarks.{table.name}",
+                partial(measure, args, table, row, seed),
+            )
+            paired = paired_loss(found["losses"], original)
+            value = perplexity(found["losses"]).value
+            print(
+                f"{row} (seed {seed}): {value:.3f}, {100 * paired.value:+.2f} % "
+                f"+- {100 * paired.stderr:.2f}, {found['seconds']:.0f} s",
+                flush=True,
+            )
