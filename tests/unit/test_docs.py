@@ -98,7 +98,7 @@ def test_command_lines_parse(place: str, words: list[str]) -> None:
     if not arguments:  # a mention of the command
         return
     context = command.make_context(name, list(arguments))  # raises on what it does not know
-    if name != "quantize" or context.params["recipe"] not in preset_names():
+    if name != "quantize" or context.params["recipe"].partition("+")[0] not in preset_names():
         return
     check_recipe(Recipe.load(context.params["recipe"], context.params["set_"] or ()))
 
