@@ -237,22 +237,24 @@ RULES: tuple[Rule, ...] = (
         "activations.kind per_token, per_token_clip or cross_folded with duquant",
     ),
     Rule(
-        lambda r: r.let and not r.trains,
+        lambda r: r.let is not None and not r.trains,
         "let trains factors with the rounding, and nothing in this recipe is trained",
         "solver {kind: rounding} with let, or {kind: smooth} in its place",
     ),
     Rule(
-        lambda r: r.let and (r.duquant is not None or not isinstance(r.transforms[-1], Let)),
+        lambda r: (
+            r.let is not None and (r.duquant is not None or not isinstance(r.transforms[-1], Let))
+        ),
         "let before another transform, which would change what its factors are of",
         "one let, last in the list of transforms",
     ),
     Rule(
-        lambda r: r.let and any(_static(a) for a in _activations(r)),
+        lambda r: r.let is not None and any(_static(a) for a in _activations(r)),
         "let with activations whose scales are calibrated before its factors are trained",
         "activations.kind per_token, per_token_clip or cross_folded with let",
     ),
     Rule(
-        lambda r: r.let and _decides(r),
+        lambda r: r.let is not None and _decides(r),
         "let moves the weights, whose integers mode sigmoid and base zero take from where they are",
         "solver {mode: straight_through, base: frac} with let",
     ),

@@ -273,9 +273,9 @@ class Recipe(Strict):
         return tuple(t for t in self.transforms if not isinstance(t, Rotate | DuQuant))
 
     @property
-    def let(self) -> bool:
-        """True if factors of inputs are trained."""
-        return any(isinstance(t, Let) for t in self.transforms)
+    def let(self) -> Let | None:
+        """The trained factors of inputs among the transforms."""
+        return next((t for t in self.transforms if isinstance(t, Let)), None)
 
     @property
     def duquant(self) -> DuQuant | None:

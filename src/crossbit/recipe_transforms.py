@@ -88,11 +88,13 @@ class DuQuant(Strict):
 class Let(Strict):
     """LET of OmniQuant: factors that are trained. See ``crossbit.engine.equivalent``.
 
-    ``start`` is the strength of the SmoothQuant factors to begin with.
+    ``start`` is the strength of the SmoothQuant factors to begin with; with ``down`` the input of
+    down_proj has factors too, which OmniQuant leaves out.
     """
 
     kind: Literal["let"] = "let"
     start: float = Field(0.5, ge=0, le=1)
+    down: bool = False
 
 
 Fold = CrossFold | Smooth | AwqScale | Cfp | Let

@@ -154,6 +154,8 @@ def equivalents(
     module: nn.Module,
     plan: BlockPlan,
     layers: Mapping[str, Layer],
+    *,
+    down: bool = False,
     known: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[Equivalent]:
     """The factors of a block that can be trained: inputs behind a norm, and that of o_proj.
@@ -162,11 +164,12 @@ def equivalents(
         module: the block; its norms are as the fold of the start left them.
         plan: of the block.
         layers: its layers in training.
+        down: that of down_proj too.
         known: group -> "log", "gain", "bias" of factors that have begun already.
     """
     found: list[Equivalent] = []
     for group in plan.structure.groups:
-        if not trainable(plan, group) or any(name not in layers for name in group.consumers):
+        if not trainable(plan, group, down) or any(name not in layers for name in group.consumers):
             continue
         consumers = {name: layers[name] for name in group.consumers}
         own = (known or {}).get(group.name, {})
@@ -200,17 +203,17 @@ def equivalents(
     return found
 
 
-def trainable(plan: BlockPlan, group: InputGroup) -> bool:
+def trainable(plan: BlockPlan, group: InputGroup, down: bool) -> bool:
     """Whether a factor of the group's input is trained.
 
-    None of the input of down_proj (as in OmniQuant), and none where a weight that is not quantized
-    reads it too.
+    None where a weight that is not quantized reads it too, and of the input of down_proj only with
+    ``down``.
     """
     if group.source is None or group.readers:
         return False
     if isinstance(group.source, NormSource):
         return True
-    return all(plan.structure.linears[name].role == "o_proj" for name in group.consumers)
+    return down or all(plan.structure.linears[name].role == "o_proj" for name in group.consumers)
 
 
 def _filled(old: Tensor | None, count: int, rows: Tensor, values: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def _block(
     with torch.no_grad():
         for key, parameter in block.module.named_parameters():
             parameter.copy_(tensors[f"module/{index}/{key}"])
-    if job.recipe.let:
+    if job.recipe.let is not None:
         begun: dict[str, dict[str, Tensor]] = {}
         for group in plan.structure.groups:
             name = f"factors/{index}/{group.name}"
@@ -142,5 +142,7 @@ def _block(
                 own = {k: tensors.get(f"{name}/{k}") for k in ("gain", "bias")}
                 begun[group.name] = {k: t for k, t in own.items() if t is not None}
                 begun[group.name]["log"] = tensors[f"parameter/{name}"]
-        block.equivalents = equivalents(block.module, plan, block.layers, begun)
+        block.equivalents = equivalents(
+            block.module, plan, block.layers, down=job.recipe.let.down, known=begun
+        )
     return block

@@ -73,7 +73,7 @@ def apply_transforms(
                 reason = "its input is not quantized"
                 records.append({"group": group.name, "kind": config.kind, "skipped": reason})
                 continue
-            if isinstance(config, Let) and not _starts_let(plan, state):
+            if isinstance(config, Let) and not _starts_let(plan, state, config.down):
                 continue  # its factors begin at 1, or it has none
             norms_only = isinstance(config, Smooth) and config.targets == "norms"
             if norms_only and not isinstance(group.source, NormSource):
@@ -137,8 +137,8 @@ def _truncate(
     return records
 
 
-def _starts_let(plan: BlockPlan, state: GroupState) -> bool:
-    return trainable(plan, state.group) and plan.group_activations(state.group) is not None
+def _starts_let(plan: BlockPlan, state: GroupState, down: bool) -> bool:
+    return trainable(plan, state.group, down) and plan.group_activations(state.group) is not None
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:

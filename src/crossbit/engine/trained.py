@@ -21,7 +21,7 @@ from crossbit.engine.equivalent import Equivalent, equivalents
 from crossbit.engine.opening import OpenBlock
 from crossbit.engine.plan import BlockPlan
 from crossbit.grid import QTensor
-from crossbit.recipe import TrainedRounding
+from crossbit.recipe import Let, TrainedRounding
 from crossbit.runtime.install import QuantizedLayer, shared_turns
 from crossbit.runtime.linear import SharedInput
 from crossbit.runtime.online import carry, turn_input
@@ -180,7 +180,7 @@ def make_trainable(
     dtype: torch.dtype,
     seed: int,
     *,
-    let: bool = False,
+    let: Let | None = None,
 ) -> TrainedBlock:
     """Put ``TrainedLinear`` layers into an opened block, in place; its rest is cast to ``dtype``.
 
@@ -202,8 +202,8 @@ def make_trainable(
         own = ((seed * 1_000_003 + index) * 1009 + number) % (1 << 63)
         states[name] = start_rounding(weight, layer.qtensor, choice, seed=own)
     block = with_states(index, opened, plan, kwargs, dtype, states)
-    if let:
-        block.equivalents = equivalents(block.module, plan, block.layers)
+    if let is not None:
+        block.equivalents = equivalents(block.module, plan, block.layers, down=let.down)
     return block
 
 
