@@ -25,6 +25,7 @@ from crossbit.engine.job import Job
 from crossbit.engine.opening import open_block
 from crossbit.engine.plan import make_plan
 from crossbit.engine.trained import layers_of, make_trainable
+from crossbit.engine.window import _frozen
 from crossbit.engine.workdir import WorkDir
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.opening import open_config
@@ -37,9 +38,18 @@ BLOCKS, SEQUENCES, LENGTH = (3, 4), 4, 1024
 
 
 class Window:
-    """Two blocks twice: as they are, and in training."""
+    """Some blocks twice: as they are, and in training.
 
-    def __init__(self, settings: tuple[str, ...]) -> None:
+    Args:
+        settings: changes to the recipe.
+        blocks: which.
+        ahead: how many original blocks after them the output goes through.
+    """
+
+    def __init__(
+        self, settings: tuple[str, ...], blocks: tuple[int, ...] = BLOCKS, ahead: int = 0
+    ) -> None:
+        self.blocks = blocks
         folder = resolve_model("demo").path
         self.dtype = torch.bfloat16
         checkpoint = Checkpoint(folder)
@@ -60,14 +70,14 @@ class Window:
             with work.writer("x", tuple(self.x.shape), self.x.dtype) as writer:
                 writer.append(self.x)
                 stream = writer.commit()
-            for index in BLOCKS:
+            for index in blocks:
                 opened = open_block(job, index, stream, None)
                 trained.append(
                     make_trainable(
                         index, opened, plan.blocks[index], self.kwargs[index], self.dtype, 0
                     )
                 )
-        self.bare = [self.shell.load_block(i, checkpoint, self.dtype) for i in BLOCKS]
+        self.bare = [self.shell.load_block(i, checkpoint, self.dtype) for i in blocks]
         for block in self.bare:
             for parameter in block.parameters():
                 parameter.requires_grad_(parameter.ndim == 2)
@@ -79,7 +89,10 @@ class Window:
         self.task = Task(
             blocks=trained,
             read=read,
-            loss=lambda outputs, targets: reconstruction_loss(outputs[0], targets[0]),
+            loss=lambda outputs, targets: sum(
+                (reconstruction_loss(output, targets[0]) for output in outputs[::2]),
+                torch.zeros(()),
+            ),
             fitting=torch.arange(SEQUENCES),
             held=torch.arange(1),
             length=LENGTH,
@@ -87,13 +100,14 @@ class Window:
             steps={name: True for name, _ in layers_of(trained)},
             dtype=self.dtype,
             seed=0,
+            ahead=[_frozen(job, blocks[-1] + 1 + n, LENGTH) for n in range(ahead)],
         )
         self.optimiser = Optimiser(self.task)
 
     def plain(self) -> None:
         """Forward and backward."""
         hidden = self.x.detach().requires_grad_()
-        for block, index in zip(self.bare, BLOCKS, strict=True):
+        for block, index in zip(self.bare, self.blocks, strict=True):
             out = block(hidden, **self.kwargs[index])
             hidden = out[0] if isinstance(out, tuple) else out
         reconstruction_loss(hidden, self.x).backward()  # type: ignore[no-untyped-call]

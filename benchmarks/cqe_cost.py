@@ -1,0 +1,83 @@
+"""What CQE+ costs: a training step with it against one without, and its decompositions.
+
+    python -m benchmarks.cqe_cost [--rounds 7]
+
+SmolLM2, 4 x 1024 tokens, bf16, the ranges of the weights' groups trained (LWC). Steps with and
+without alternate; the figure is the median of the ratios of neighbouring runs. The look-ahead goes
+two blocks beyond a window of one block, with an error after the first and after the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+
+from benchmarks.store import once
+from benchmarks.train_step import Window, seconds
+from crossbit.models.checkpoint import Checkpoint
+from crossbit.models.opening import open_config
+from crossbit.models.shell import Shell
+from crossbit.models.source import resolve_model
+from crossbit.solvers.expansion import singular_basis
+
+LWC = ("solver.parameter=none", "solver.limits=range", "solver.start={kind: rtn}")
+WIDTHS = (0, 2, 4, 8, 16, 32)
+
+
+def ratio(plain: Window, other: Window, rounds: int) -> dict[str, Any]:
+    """Medians over alternating steps."""
+    plain.trained()
+    other.trained()
+    pairs = [(seconds(plain.trained), seconds(other.trained)) for _ in range(rounds)]
+    return {
+        "plain_seconds": statistics.median(p for p, _ in pairs),
+        "seconds": statistics.median(o for _, o in pairs),
+        "ratio": statistics.median(o / p for p, o in pairs),
+    }
+
+
+def decompositions() -> dict[str, Any]:
+    """Seconds of the singular directions of every linear layer in the blocks."""
+    folder = resolve_model("demo").path
+    checkpoint, shell = Checkpoint(folder), Shell(open_config(folder))
+    total, count = 0.0, 0
+    for index, structure in enumerate(shell.structure.blocks):
+        block = shell.load_block(index, checkpoint, torch.float32)
+        for name in structure.linears:
+            weight = block.get_submodule(name).get_parameter("weight").detach()
+            total += seconds(lambda weight=weight: singular_basis(weight))
+            count += 1
+        shell.free_block(index)
+    return {"seconds": total, "layers": count}
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """All figures."""
+    found: dict[str, Any] = {}
+    plain = Window(LWC)
+    for width in WIDTHS:
+        wide = Window((*LWC, f"solver.expansion={{kind: band, width: {width}}}"))
+        found[f"band {width}"] = ratio(plain, wide, rounds)
+    one = Window(LWC, (3,))
+    found["look-ahead 2"] = ratio(one, Window(LWC, (3,), ahead=2), rounds)
+    found["decompositions"] = decompositions()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    found = once("cqe-cost", "python -m benchmarks.cqe_cost", lambda: measure(args.rounds))
+    for name, row in found.items():
+        if name == "conditions":
+            continue
+        about = f"{row['ratio']:.2f}x of a step without" if "ratio" in row else ""
+        print(f"{name}: {row['seconds']:.3f} s {about}")
+
+
+if __name__ == "__main__":
+    main()
