@@ -6,7 +6,7 @@ the files (``transforms.rotation``), which the loop reads block by block like an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crossbit.compat import check_model
@@ -15,6 +15,7 @@ from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder
+from crossbit.models.structure import InputGroup, ModelStructure
 from crossbit.recipe import Recipe, Rotate
 from crossbit.runtime.online import Online
 from crossbit.transforms.rotation import RotatedCheckpoint, plan_rotation, untied
@@ -55,6 +56,7 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
     notes: tuple[str, ...] = ()
     if recipe.rotation is not None:
         weights, shell, online, notes = _rotate(files, shell, config, recipe.rotation, device)
+    shell.structure = _without_folds(shell.structure, online)
     check_model(recipe, shell.structure)
     width = int(shell.model.get_submodule(shell.structure.embedding).embedding_dim)
     plan = make_plan(shell.structure, recipe, width)
@@ -75,3 +77,23 @@ def _rotate(
         )
         shell = Shell(untied(config), device=device)
     return RotatedCheckpoint(files, shell, plan), shell, Online(plan.online), notes
+
+
+def _without_folds(structure: ModelStructure, online: Online) -> ModelStructure:
+    """The structure, inputs that are turned at run time without a place for a fold's inverse.
+
+    A factor of a turned channel belongs to no single channel of the layer before.
+    """
+    if not online:
+        return structure
+
+    def group(block: str, known: InputGroup) -> InputGroup:
+        if not any(f"{block}.{name}" in online.hadamard for name in known.consumers):
+            return known
+        return replace(known, source=None, reason="its input is rotated at run time")
+
+    blocks = [
+        replace(block, groups=[group(block.name, known) for known in block.groups])
+        for block in structure.blocks
+    ]
+    return replace(structure, blocks=blocks)
