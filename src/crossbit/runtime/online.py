@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from crossbit.errors import InputError
-from crossbit.hadamard import apply_hadamard
+from crossbit.hadamard import apply_hadamard, order_parts
 from crossbit.models.shell import Shell
 
 _MARK = "_crossbit_input"
@@ -47,9 +47,14 @@ class Online:
         return bool(self.hadamard)
 
     def dress(self, shell: Shell) -> None:
-        """Let every block that the shell loads from now on have its operations."""
+        """Let every block that the shell loads from now on have its operations.
+
+        Raises:
+            InputError: they are those of another model.
+        """
         if not self:
             return
+        self._check(shell)
 
         def dress(index: int, block: nn.Module) -> None:
             structure = shell.structure.blocks[index]
@@ -59,6 +64,23 @@ class Online:
                     turn_input(block.get_submodule(name), HadamardInput(size))
 
         shell.dress = dress
+
+    def _check(self, shell: Shell) -> None:
+        widths = {
+            f"{block.name}.{name}": info.in_features
+            for block in shell.structure.blocks
+            for name, info in block.linears.items()
+        }
+        for name, size in self.hadamard.items():
+            width = widths.get(name)
+            if width is None:
+                raise InputError(f"crossbit_online: the model has no linear layer {name}")
+            if size < 1 or width % size:
+                raise InputError(
+                    f"crossbit_online: the input of {name} has {width} channels, which blocks of "
+                    f"{size} do not divide"
+                )
+            order_parts(size)
 
     def to_json(self) -> dict[str, Any]:
         """For config.json."""
@@ -71,10 +93,10 @@ class Online:
         Raises:
             InputError: it is something else.
         """
-        try:
-            return cls({str(k): int(v) for k, v in data["hadamard"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError("config.json: damaged crossbit_online; quantize again") from None
+        sizes = data.get("hadamard") if isinstance(data, dict) else None
+        if not isinstance(sizes, dict) or not all(type(v) is int for v in sizes.values()):
+            raise InputError("config.json: damaged crossbit_online; quantize again")
+        return cls({str(k): v for k, v in sizes.items()})
 
 
 def turn_input(module: nn.Module, transform: InputTransform) -> None:
