@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from crossbit.errors import InputError
 from crossbit.export.reader import QuantizedCheckpoint, is_quantized
 from crossbit.export.research import is_research, model_config, online_content
 from crossbit.grid import QTensor
@@ -118,7 +119,10 @@ def open_blocks(
         quantized = QuantizedCheckpoint(folder)
         online = online_content(folder)
         if online:
-            Online.of_json(online).dress(shell)
+            try:
+                Online.of_json(online).dress(shell)
+            except InputError as error:
+                raise InputError(f"{folder / 'config.json'}: {error}") from None
         return BlockSource(
             shell, quantized, dtype, quantized=quantized, execution=execution, divisor=divisor
         )
@@ -126,7 +130,7 @@ def open_blocks(
 
 
 def folder_config(folder: Path) -> Any:
-    """The transformers config of a folder; that of the model inside for a research folder."""
+    """The transformers config of a folder; that of the model inside where only crossbit runs it."""
     if not is_research(read_config(folder)):
         return open_config(folder)
     inner = dict(model_config(folder))

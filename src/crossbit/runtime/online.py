@@ -95,7 +95,7 @@ class Online:
         """
         sizes = data.get("hadamard") if isinstance(data, dict) else None
         if not isinstance(sizes, dict) or not all(type(v) is int for v in sizes.values()):
-            raise InputError("config.json: damaged crossbit_online; quantize again")
+            raise InputError("damaged crossbit_online; quantize again")
         return cls({str(k): v for k, v in sizes.items()})
 
 
