@@ -250,6 +250,19 @@ def test_training_is_what_it_says(online: Any) -> None:
     assert (layer.activations.bits, layer.activations.kind) == (4, "per_token")
 
 
+def test_without_epochs_it_is_gptq(tied: Path, text: Path, tmp_path: Path) -> None:
+    """What is trained reads the same turned inputs, and so do the blocks after it."""
+    trained = TRAINED.model_dump(mode="json")
+    chosen = {
+        "a": {**trained, "solver": {"kind": "gptq"}, "objective": {}, "training": {}},
+        "b": {**trained, "training": {**trained["training"], "epochs": 0}},
+    }
+    for name, data in chosen.items():
+        recipe = Recipe.parse({**data, "evaluation": {"windows": 0}}, "custom")
+        run(tied, text, tmp_path / name, recipe, settings=())
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+
+
 def test_a_plan_of_it(tied: Path, text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"out": tmp_path / "out", "calibration": str(text)}
     found = crossbit.plan(str(tied), TRAINED, samples=4, length=32, settings=EVALUATION, **options)
