@@ -151,7 +151,7 @@ def generate(
 ) -> str:
     """The continuation of a prompt, decoded greedily (sampled if ``seed`` is given).
 
-    Plain folders run in transformers, research folders in crossbit's own layers.
+    Plain folders run in transformers, research and online folders in crossbit's own layers.
 
     Raises:
         InputError: not a model folder, an empty prompt, or no chat template with ``chat``.

@@ -227,7 +227,10 @@ def verify(
     device: Device = "cpu",
     json_: Json = None,
 ) -> None:
-    """Reload the folder in transformers and compare it with what was evaluated."""
+    """Reload the folder and compare it with what was evaluated.
+
+    In transformers; folders that only crossbit loads (online, research) in crossbit.
+    """
     from crossbit.verification import verify as run
 
     _check_json(json_)
@@ -349,8 +352,9 @@ def _print_quantized(result: dict[str, Any], out: Path) -> None:
             f"({evaluation['text']}, {evaluation['windows']} x {evaluation['length']}, "
             f"{evaluation['path']})",
         )
-    verified = result["verify"].get("passed")
-    table.add_row("verified", {True: "yes", None: "research: not loadable elsewhere"}[verified])
+    verified = "yes" if result["verify"].get("passed") else "not run"
+    elsewhere = "" if result["kind"] == "plain" else f" ({result['kind']}: loads in crossbit only)"
+    table.add_row("verified", verified + elsewhere)
     table.add_row("time", f"{result['time']['total']:.0f} s")
     table.add_row("memory", f"{result['memory']['peak_rss'] / 2**30:.2f} GiB at the peak")
     table.add_row("report", str(out / "report.html"))

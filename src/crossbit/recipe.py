@@ -378,7 +378,8 @@ def _expected(error: ValidationError, place: str) -> tuple[str, str]:
         and (str(e["loc"][-1]).startswith("literal[") or e["loc"][-1] in _SCALARS)
     ]
     if len(choices) < 2:
-        return first["msg"][:1].lower() + first["msg"][1:], place
+        text = first["msg"].removeprefix("Value error, ")
+        return text[:1].lower() + text[1:], place
     texts = [c["msg"].removeprefix("Input should be ").partition(", unable")[0] for c in choices]
     texts = ["a positive number" if t == "greater than 0" else t for t in texts]
     return "input should be " + ", or ".join(texts), ".".join(str(p) for p in parent)

@@ -10,7 +10,7 @@ Each check is a row with a measured value and its bound:
     logits    its float32 eager logits are those of our own model
     recorded  they are also the ones recorded at evaluation
 
-A research folder has an input quantizer that only crossbit executes: there our own model is
+Research and online folders do something at run time that only crossbit does: there our own model is
 compared with the record, and transformers must refuse the folder (row "refused").
 
 Only one whole model is in memory at a time; layers are compared as the forward pass reaches them.
@@ -276,14 +276,14 @@ def reload_model(
 
 
 def check_refused(folder: Path) -> Check:
-    """A research folder must not load as something else in transformers."""
+    """A folder that only crossbit loads must not load as something else in transformers."""
     try:
         with quiet_transformers():
             transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
-        detail = f"research folder; transformers refuses it ({type(error).__name__})"
+        detail = f"loads in crossbit only; transformers refuses it ({type(error).__name__})"
         return Check("refused", True, None, None, detail)
-    return Check("refused", False, None, None, "transformers opens this research folder")
+    return Check("refused", False, None, None, "transformers opens it, and knows no part of it")
 
 
 def _really_missing(config: Any, missing: Sequence[str]) -> list[str]:

@@ -267,6 +267,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     [
         ("size.file_bytes", 330_000_000, "LARGER: 1.10 times"),
         ("kind", "research", "Research result."),
+        ("kind", "research", "loaded again by crossbit's own loader"),
+        ("kind", "online", "Online result."),
+        ("kind", "online", "loads in crossbit and nowhere else"),
+        ("kind", "online", "loaded again by crossbit's own loader"),
+        ("verify", {"tensors": {"a": "b"}, "token_ids": [1, 2]}, "Not run."),
         ("evaluation.path", "fake-quant", "Simulated."),
         ("verify", None, "Not run."),
         ("verify", {"passed": False, "checks": [{"name": "codes", "passed": False}]}, "FAILED"),
@@ -463,6 +468,35 @@ def test_model_card_hides_local_paths_and_admits_what_is_unknown() -> None:
     front, _ = parts(model_card({}, licence="My Own Licence", base_model="a/b"))
     assert front["license"] == "other"
     assert front["license_name"] == "My Own Licence"
+
+
+@pytest.mark.parametrize("kind", ["online", "research"])
+def test_what_only_crossbit_loads_is_not_claimed_elsewhere(kind: str) -> None:
+    """Neither page nor card: that of a plain result does say where it loads."""
+    result = changed("kind", kind)
+    result["recipe"]["weights"]["symmetric"] = False
+    front, body = parts(model_card(result, licence=None, base_model="a/b"))
+    assert front["library_name"] == "crossbit"
+    assert front["tags"] == ["crossbit", "quantized", "W8A8"]
+    page = Page(render_report(result)).text
+    for words in (
+        *("transformers", "vllm", "vLLM", "AutoModelForCausalLM", "a runtime that ignores"),
+        *("compressed-tensors", "of the readers"),
+    ):
+        assert words not in body, words
+        assert words not in page, words
+    assert f"**{kind.capitalize()} result:**" in body
+    assert f"{kind.capitalize()} result." in page
+    assert "crossbit generate DIR" in body
+    assert "loaded this folder in crossbit and found it" in body
+    assert "\n\n\n" not in body
+    # An online result is executed, not simulated.
+    for told, simulated in ((body, "not of integer execution"), (page, "was simulated")):
+        assert (simulated in told) is (kind == "research")
+    _, plain = parts(model_card(full_result(), licence=None, base_model="a/b"))
+    assert "vLLM" in plain
+    assert "in transformers and found it" in plain
+    assert "transformers" in Page(render_report(full_result())).text
 
 
 def test_model_card_labels_research_failure_and_growth() -> None:

@@ -16,6 +16,7 @@ from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder
+from crossbit.models.structure import InputGroup, ModelStructure
 from crossbit.recipe import Recipe
 from crossbit.runtime.attention import IMPLEMENTATION, register
 from crossbit.runtime.online import Online
@@ -72,9 +73,30 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
             )
             shell = Shell(untied(config), attn=attn, device=device)
         weights = RotatedCheckpoint(files, shell, planned)
+    shell.structure = _without_folds(shell.structure, online)
     check_model(recipe, shell.structure)
     width = int(shell.model.get_submodule(shell.structure.embedding).embedding_dim)
     plan = make_plan(shell.structure, recipe, width)
     online.dress(shell)
     online.check(shell)
     return OpenModel(files, weights, shell, plan, online, notes)
+
+
+def _without_folds(structure: ModelStructure, online: Online) -> ModelStructure:
+    """The structure, inputs that are turned at run time without a place for a fold's inverse.
+
+    A factor of a turned channel belongs to no single channel of the layer before.
+    """
+    if not online.hadamard:
+        return structure
+
+    def group(block: str, known: InputGroup) -> InputGroup:
+        if not any(f"{block}.{name}" in online.hadamard for name in known.consumers):
+            return known
+        return replace(known, source=None, reason="its input is rotated at run time")
+
+    blocks = [
+        replace(block, groups=[group(block.name, known) for known in block.groups])
+        for block in structure.blocks
+    ]
+    return replace(structure, blocks=blocks)

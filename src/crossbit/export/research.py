@@ -1,9 +1,9 @@
-"""Folders of research recipes: integers on disk, an input quantizer that only crossbit executes.
+"""Folders of research and online recipes: integers on disk, and what only crossbit executes.
 
 Their config.json says ``model_type: crossbit``, which every other reader refuses at once; the
-model's own config (with the quantization_config of the weights) and the activation grids stand
-inside. Unknown quantization methods would not do: readers skip them with a warning and load the
-codes as if they were weights.
+model's own config (with the quantization_config of the weights), the activation grids and the
+run-time operations stand inside. Unknown quantization methods would not do: readers skip them with
+a warning and load the codes as if they were weights.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def wrap(
 
 
 def is_research(config: dict[str, Any]) -> bool:
-    """True for the config.json of a research folder."""
+    """True for the config.json of a folder that only crossbit runs: research or online."""
     return config.get("model_type") == MODEL_TYPE
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """The model's own config.json content, research folders unwrapped.
+    """The model's own config.json content, research and online folders unwrapped.
 
     Raises:
         InputError: no readable config.
@@ -74,8 +74,11 @@ def model_config(folder: Path) -> dict[str, Any]:
 def online_content(folder: Path) -> dict[str, Any]:
     """What happens at run time, as ``wrap`` was given it; empty for other folders."""
     config = read_config(folder)
-    found = config.get("crossbit_online", {}) if is_research(config) else {}
-    return found if isinstance(found, dict) else {"damaged": found}
+    if not is_research(config):
+        return {}
+    found = config.get("crossbit_online", {})
+    lacks = not found and config.get("crossbit_kind") == "online"
+    return found if isinstance(found, dict) and not lacks else {"damaged": found}
 
 
 def activation_grids(folder: Path) -> dict[str, ActivationGrid]:

@@ -112,8 +112,9 @@ def _folder(
         raise InputError(f"{path}: a folder of GGUF files; pass one of them, e.g. {ggufs[0]}")
     config = read_config(path)
     if config["model_type"] == "crossbit":
+        kind = "an online" if config.get("crossbit_kind") == "online" else "a research"
         raise InputError(
-            f"{path}: already quantized (a research result of crossbit); pass the original model"
+            f"{path}: already quantized ({kind} result of crossbit); pass the original model"
         )
     check_tokenizer_present(path)
     note: str | None = None

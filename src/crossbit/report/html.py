@@ -95,20 +95,22 @@ def _report_view(result: Result) -> dict[str, Any]:
     """What the template shows, computed and formatted."""
     recipe = mapping(result, "recipe")
     layers = rows(result, "layers")
-    research = text(result, "kind") == "research"
+    research, online = (text(result, "kind") == kind for kind in ("research", "online"))
     return {
         "title": text(result, "model.name") or "Quantized model",
         "version": text(result, "crossbit"),
         "recipe_name": text(recipe, "name"),
         "scheme": values.scheme(recipe),
         "research": research,
+        "online": online,
         "simulated": research or text(result, "evaluation.path") == "fake-quant",
         "tiles": _tiles(result),
         "warnings": values.lines(result, "warnings"),
         "done": _what_was_done(result),
         "recipe_yaml": values.plain_yaml(recipe) if recipe else None,
         "evaluation": _evaluation(result),
-        "verify": mapping(result, "verify") or None,
+        # What was recorded without a check (research results) is none.
+        "verify": mapping(result, "verify") if "passed" in mapping(result, "verify") else None,
         "checks": rows(result, "verify.checks"),
         "plots": _plots(result),
         "roles": _by_role(layers),

@@ -36,11 +36,13 @@ def model_card(result: dict[str, Any], *, licence: str | None, base_model: str) 
     hub = _HUB_NAME.fullmatch(base_model) is not None and not base_model.startswith(_LOCAL)
     name = base_model if hub else re.split(r"[/\\]", base_model.rstrip("/\\"))[-1] or "model"
     front: dict[str, Any] = {"base_model": name, "base_model_relation": "quantized"} if hub else {}
-    front["library_name"] = "transformers"
+    research, online = (text(result, "kind") == kind for kind in ("research", "online"))
+    own = research or online  # loads in crossbit only
+    front["library_name"] = "crossbit" if own else "transformers"
     front["pipeline_tag"] = "text-generation"
-    front["tags"] = ["crossbit", "compressed-tensors", "quantized", *([scheme] if scheme else [])]
+    form = [] if own else ["compressed-tensors"]
+    front["tags"] = ["crossbit", *form, "quantized", *([scheme] if scheme else [])]
     front |= _licence(licence)
-    research = text(result, "kind") == "research"
     loss, error = values.loss(result)
     before, after, ratio = values.compression(result)
     view = {
@@ -51,6 +53,8 @@ def model_card(result: dict[str, Any], *, licence: str | None, base_model: str) 
         "version": text(result, "crossbit"),
         "licence": licence,
         "research": research,
+        "online": online,
+        "own": own,
         "simulated": research or text(result, "evaluation.path") == "fake-quant",
         "larger": get(result, "size.larger_than_source") is True or (ratio or 1) < 1,
         "ratio": ratio,

@@ -127,13 +127,16 @@ def open_blocks(
         try:
             online = Online.of_json(content, quantized.stored, blocks)
         except InputError as error:
-            raise InputError(f"{folder}: {error}") from None
+            raise InputError(f"{folder / 'config.json'}: {error}") from None
     if online.attention:
         register()
         attn = IMPLEMENTATION
     shell = Shell(config, attn=attn, device=device)
     if quantized is not None:
-        online.dress(shell)
+        try:
+            online.dress(shell)
+        except InputError as error:
+            raise InputError(f"{folder / 'config.json'}: {error}") from None
         return BlockSource(
             shell,
             quantized,
@@ -147,7 +150,7 @@ def open_blocks(
 
 
 def folder_config(folder: Path) -> Any:
-    """The transformers config of a folder; that of the model inside for a research folder."""
+    """The transformers config of a folder; that of the model inside where only crossbit runs it."""
     if not is_research(read_config(folder)):
         return open_config(folder)
     inner = dict(model_config(folder))

@@ -103,7 +103,12 @@ class Online:
         return self.keys or self.cache is not None or self.prefix is not None
 
     def dress(self, shell: Shell) -> None:
-        """Let every block that the shell loads from now on have what leaves its function alone."""
+        """Let every block that the shell loads from now on have what leaves its function alone.
+
+        Raises:
+            InputError: the operations are those of another model.
+        """
+        self._check(shell)
         if self.prefix is not None:
             count = self.prefix.ids.numel()
             shell.put_prefix(self.prefix.ids, lambda kwargs: prefix_kwargs(kwargs, count))
@@ -154,6 +159,23 @@ class Online:
         )
         attach(attention_of(structure, block), change)
 
+    def _check(self, shell: Shell) -> None:
+        widths = {
+            f"{block.name}.{name}": info.in_features
+            for block in shell.structure.blocks
+            for name, info in block.linears.items()
+        }
+        for name, size in self.hadamard.items():
+            width = widths.get(name)
+            if width is None:
+                raise InputError(f"crossbit_online: the model has no linear layer {name}")
+            if size < 1 or width % size:
+                raise InputError(
+                    f"crossbit_online: the input of {name} has {width} channels, which blocks of "
+                    f"{size} do not divide"
+                )
+            order_parts(size)
+
     def to_json(self) -> dict[str, Any]:
         """For config.json."""
         cache = None if self.cache is None else asdict(self.cache)
@@ -166,22 +188,31 @@ class Online:
         }
 
     @classmethod
-    def of_json(cls, data: Any, stored: TensorSource, blocks: int) -> Online:
+    def of_json(cls, data: Any, stored: Mapping[str, Tensor] | TensorSource, blocks: int) -> Online:
         """What ``to_json`` wrote; the prefix of a model of ``blocks`` blocks is in ``stored``.
 
         Raises:
             InputError: it is something else.
         """
+        sizes = data.get("hadamard") if isinstance(data, dict) else None
+        known = {"hadamard", "keys", "cache", "prefix"}
+        if (
+            not isinstance(sizes, dict)
+            or not known <= set(data)
+            or not all(type(v) is int for v in sizes.values())
+        ):
+            raise InputError("damaged crossbit_online; quantize again")
+        cache, prefix = data["cache"], data["prefix"]
         try:
-            cache, prefix = data["cache"], data["prefix"]
-            return cls(
-                {str(k): int(v) for k, v in data["hadamard"].items()},
-                bool(data["keys"]),
-                None if cache is None else KVGrid(**cache),
-                None if prefix is None else PrefixTokens.from_tensors(stored, blocks),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError("config.json: damaged crossbit_online; quantize again") from None
+            grid = None if cache is None else KVGrid(**cache)
+        except TypeError:
+            raise InputError("damaged crossbit_online; quantize again") from None
+        return cls(
+            {str(k): v for k, v in sizes.items()},
+            bool(data["keys"]),
+            grid,
+            None if prefix is None else PrefixTokens.from_tensors(stored, blocks),
+        )
 
 
 def attention_of(structure: BlockStructure, block: nn.Module) -> nn.Module:

@@ -129,13 +129,16 @@ def residual_reason(shell: Shell) -> str:
     names = [final]
     width = shell.model.get_submodule(structure.embedding).embedding_dim
     for block in structure.blocks:
-        sources = {g.source.module for g in block.groups if isinstance(g.source, NormSource)}
+        sources = dict.fromkeys(
+            g.source.module for g in block.groups if isinstance(g.source, NormSource)
+        )
         for name, parameter in shell.model.get_submodule(block.name).named_parameters():
             module = name.rpartition(".")[0]
             if parameter.shape == (width,) and module not in {*sources, *block.linears}:
                 return f"{module} stands between the blocks and the residual stream"
         for group in block.groups:
-            if group.source is None:
+            writes = {block.linears[n].role for n in group.consumers} <= set(_WRITERS)
+            if group.source is None and not writes:  # of a group that reads the residual stream
                 return group.reason
         names += [f"{block.name}.{n}" for n in sources]
     embedding = shell.model.get_submodule(structure.embedding)
@@ -197,12 +200,18 @@ def plan_rotation(shell: Shell, rotate: Rotate) -> RotationPlan:
             _plan_heads(shell, block, change, notes)
         if rotate.down:
             for info in block.linears.values():
-                if info.role in _DOWN and not is_expert(f".{info.name}"):
+                if info.role not in _DOWN:
+                    continue
+                if is_expert(f".{info.name}"):
+                    notes.append("the input of the experts' down_proj is not rotated")
+                else:
                     size = _block(info.in_features, f"the input of {info.role}", notes)
                     change(f"{block.name}.{info.name}", columns=Turn(size))
                     online[f"{block.name}.{info.name}"] = size
     if not changes and not rotate.keys:
-        raise InputError(f"rotation: {'; '.join(notes) or 'nothing is to be rotated'}")
+        raise InputError(
+            f"rotation: {'; '.join(dict.fromkeys(notes)) or 'nothing is to be rotated'}"
+        )
     return RotationPlan(changes, norms, online, residual, tuple(dict.fromkeys(notes)))
 
 
@@ -223,11 +232,10 @@ class RotatedCheckpoint:
         )
         self._outside = {shell.structure.embedding, shell.structure.head}
         self._shapes = {n: tuple(p.shape) for n, p in shell.model.named_parameters()}
-        head = f"{shell.structure.head}.weight"
-        # A tied head is no parameter of its own, and not asked for.
-        self._aliases = (
-            {} if head in self._reader else {head: f"{shell.structure.embedding}.weight"}
-        )
+        head, embedding = (f"{n}.weight" for n in (shell.structure.head, shell.structure.embedding))
+        # Files of a tied model hold its one matrix under either name.
+        pairs = ((head, embedding), (embedding, head))
+        self._aliases = {name: other for name, other in pairs if name not in self._reader}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -267,11 +275,7 @@ class RotatedCheckpoint:
             return stored
         if what == "bias":
             return _turn_rows(stored.double().unsqueeze(1), change).squeeze(1).float()
-        if (
-            change.rows is None
-            and change.row_heads is None
-            and stored.shape[0] > 4 * stored.shape[1]
-        ):
+        if module in self._outside:
             # A vocabulary: float32 of it would dwarf a block.
             out = torch.empty_like(stored)
             rows = max(1, _CHUNK_ELEMENTS // stored.shape[1])
