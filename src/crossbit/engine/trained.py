@@ -18,13 +18,11 @@ from crossbit.activations.quantize import (
     per_token_ste,
 )
 from crossbit.engine.opening import OpenBlock
-from crossbit.engine.plan import BlockPlan
+from crossbit.engine.plan import BlockPlan, choice_of
 from crossbit.grid import QTensor
-from crossbit.recipe import TrainedRounding
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.runtime.linear import SharedInput
 from crossbit.runtime.online import carry
-from crossbit.solvers.expansion import ExpansionChoice
 from crossbit.solvers.rounding import fake_weight, harden, start_rounding
 from crossbit.solvers.rounding_state import Rounding, RoundingChoice, forget_moved
 
@@ -98,9 +96,9 @@ class TrainedLinear(nn.Module):
     def hardened(self) -> QuantizedLayer:
         """The layer as it would be written now."""
         clip = None if self.clip is None else self.clip.detach().clone()
-        return QuantizedLayer(
-            harden(self.state), self.activations, self.static_scale, self.columns, clip
-        )
+        qtensor = harden(self.state)
+        forget_moved(self.state)
+        return QuantizedLayer(qtensor, self.activations, self.static_scale, self.columns, clip)
 
     @property
     def undecided(self) -> bool:
@@ -143,22 +141,6 @@ class TrainedBlock:
         """The block as it will be written; the module goes with it."""
         layers = {name: layer.hardened() for name, layer in self.layers.items()}
         return OpenBlock(self.module, layers, record=self.record)
-
-
-def choice_of(rounding: TrainedRounding | None) -> RoundingChoice:
-    """The parametrisation that a recipe asks for; the plainest for a layer that is not trained."""
-    if rounding is None:
-        return RoundingChoice()
-    expansion = rounding.expansion
-    return RoundingChoice(
-        rounding.base,
-        rounding.parameter,
-        rounding.mode,
-        rounding.rank,
-        rounding.reach,
-        rounding.limits,
-        None if expansion is None else ExpansionChoice(**expansion.model_dump()),
-    )
 
 
 def make_trainable(
@@ -296,6 +278,8 @@ def materialised(
                 weight = harden(layer.state).dequantize().to(dtype)
             else:
                 weight = fake_weight(layer.state, dtype)
+            if not grad:
+                forget_moved(layer.state)  # nobody asks for it again
             layer.weight = weight.requires_grad_(grad and not layer.frozen)
         for clip in clips_of(blocks, trained=True).values() if clips else ():
             clip.requires_grad_()
