@@ -276,6 +276,17 @@ RULES: tuple[Rule, ...] = (
         "a rotation of nothing",
         "residual: true, heads: true, down: true or keys: true, or no rotate",
     ),
+    Rule(
+        lambda r: any(
+            isinstance(s, TrainedRounding)
+            and s.parameter == "none"
+            and s.expansion is None
+            and not s.steps
+            for _, _, s in _combinations(r)
+        ),
+        "a rounding with parameter none, steps false and no expansion has nothing to train",
+        "parameter full or low_rank, steps true, an expansion, or the solver under `start` alone",
+    ),
 )
 
 

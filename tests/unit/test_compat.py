@@ -20,6 +20,7 @@ TENSOR = {"bits": 8, "group": "tensor"}
 FLOAT_SCALES = {"symmetric": False, "scale_dtype": "float32"}
 DYNAMIC = {"kind": "cross_dynamic"}
 GPTQ, ROUNDING = {"kind": "gptq"}, {"kind": "rounding"}
+NOTHING = {"parameter": "none", "steps": False}
 CLIPPED = {"bits": 4, "kind": "per_token_clip"}
 
 # Index of the rule in the table, a recipe that breaks it, what the message has to offer, and
@@ -339,6 +340,21 @@ CASES += [
         {"transforms": [{"kind": "rotate", "residual": False, "heads": False}]},
         ("residual: true", "keys: true"),
         [{"transforms": [{"kind": "rotate", "residual": False}]}, {}],
+    ),
+    (
+        16,
+        {"solver": {**ROUNDING, **NOTHING}},
+        ("low_rank", "steps true", "expansion"),
+        [
+            {"solver": {**ROUNDING, **NOTHING, **change}}
+            for change in ({"parameter": "full"}, {"steps": True}, {"expansion": {"width": 2}})
+        ],
+    ),
+    (
+        16,
+        {"overrides": [{"match": "down_proj", "solver": {**ROUNDING, **NOTHING}}]},
+        ("parameter full",),
+        [{"overrides": [{"match": "down_proj", "solver": GPTQ}]}],
     ),
 ]
 

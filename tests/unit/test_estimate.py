@@ -32,6 +32,14 @@ TRAINED: dict[str, Any] = {
     "solver": {"kind": "rounding"},
 }
 TUNED = ("end_to_end.epochs=1",)
+# Weights that move along singular directions, of every kind of parameter.
+MOVES: dict[str, tuple[str, ...]] = {
+    "ranges": ("solver.limits=range", "solver.parameter=none"),
+    "band": ("solver.expansion.kind=band", "solver.parameter=none"),
+    "blocks": ("solver.expansion={kind: blocks, width: 24}", "solver.limits=range"),
+    "square": ("solver.expansion={kind: square, width: 9}", "solver.parameter=low_rank"),
+    "rank": ("solver.expansion={kind: full, rank: 7}",),
+}
 RATES = dict.fromkeys(KINDS, 1e-9)
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 2048}
 
@@ -101,6 +109,43 @@ def test_low_rank_needs_less_than_full() -> None:
     assert disk(low).work < disk(full).work
     # Deduced from the other description, it is the same.
     assert with_recipe(full, low.recipe) == low
+
+
+@pytest.mark.parametrize("name", [name for name in MOVES if name != "ranges"])
+def test_moving_along_singular_directions_takes_more(name: str) -> None:
+    """Memory, disk and time: directions, B and its moments, the moved weight, decompositions."""
+    settings = MOVES[name]
+    still = tuple(s for s in settings if "expansion" not in s)
+    one, other = (description(recipe_of(*s)) for s in (still, settings))
+    layer = other.blocks[0].planned[0]
+    plain = one.blocks[0].planned[0]
+    assert layer.basis == layer.directions * (layer.rows + layer.columns + 1) > 0
+    moments = 2 * 4 * sum(x.parameters for x in other.blocks[0].planned)
+    kept = 4 * sum(x.basis + x.weights for x in other.blocks[0].planned)
+    extra = kept + moments - 2 * 4 * sum(x.parameters for x in one.blocks[0].planned)
+    # Of a window of two blocks.
+    assert peak_by_stage(other)["train"] - peak_by_stage(one)["train"] >= 2 * extra
+    assert disk(other).work > disk(one).work
+    assert layer.parameters > plain.parameters
+    before, after = (operations(d) for d in (one, other))
+    shorter = [min(x.rows, x.columns) * x.weights for b in other.blocks for x in b.planned]
+    assert after["open"]["decompose"] == sum(shorter)
+    assert "decompose" not in before["open"]
+    assert after["train"]["float32"] > before["train"].get("float32", 0)
+    # Deduced from the other description, it is the same.
+    assert with_recipe(one, other.recipe) == other
+    # Tuning all blocks counts it too.
+    tuned = [description(recipe_of(*s, *TUNED)) for s in (still, settings)]
+    assert peak_by_stage(tuned[1])["end to end"] > peak_by_stage(tuned[0])["end to end"]
+
+
+def test_ranges_are_two_numbers_where_a_step_is_one() -> None:
+    d = description(recipe_of(*MOVES["ranges"]))
+    layer = d.blocks[0].planned[0]
+    assert (layer.limits, layer.parameters, layer.basis) == (2 * layer.scales, 0, 0)
+    steps = description(recipe_of("solver.parameter=none"))
+    assert steps.blocks[0].planned[0].limits == layer.scales
+    assert peak_by_stage(steps)["train"] < peak_by_stage(d)["train"]
 
 
 def test_windows_are_saved_inside_an_epoch_only_where_training_takes_long() -> None:
@@ -227,7 +272,10 @@ def test_bytes_of_files_are_those_of_a_run(
     assert 0 < weights - stored < 4500 * (BLOCKS + 1)
 
 
-def test_trained_states_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moves", [(), *MOVES.values()], ids=str)
+def test_trained_states_are_those_of_a_run(
+    moves: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shorten(monkeypatch)
     model = tiny_folder(tmp_path / "model", "llama")
     text = write_text(tmp_path / "text.txt", 1)
@@ -239,11 +287,12 @@ def test_trained_states_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.M
         real(work, name, tensors, record)
 
     monkeypatch.setattr(WorkDir, "save_state", save)
-    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1")
+    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1", *moves)
     recipe = recipe_of(*settings)
     run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
     d = description(recipe, large=False)
     assert states["window-00001"] == packed(d, d.blocks[1])
+    assert states["best-0"] == sum(trained(block) for block in d.blocks[:2])
 
 
 def test_states_for_tuning_are_those_of_a_run(

@@ -23,12 +23,12 @@ from crossbit.engine.trained import (
 )
 from crossbit.recipe import Training
 from crossbit.solvers.rounding import limit, pull_back
+from crossbit.solvers.rounding_state import EXPANSION, forget_moved
 
 RISING = 1.5  # a held-out loss this many times the best one is a run that diverges
 ANNEAL_FROM = 0.2  # share of the steps before the regulariser of mode "sigmoid" begins
 
 _STEPS = ("step", "low", "high")
-_EXPANSION = ("expansion", "square")
 
 # sequence numbers -> input [B, L, D] and the targets [B, L, D] of its output
 Read = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
@@ -151,7 +151,8 @@ class Optimiser:
             if layer.frozen:
                 continue
             keys = [k for k in layer.state.parameters if k not in _STEPS or task.steps[name]]
-            self._add(name, {k: layer.state.parameters[k] for k in keys}, task.settings)
+            if keys:
+                self._add(name, {k: layer.state.parameters[k] for k in keys}, task.settings)
         if task.settings.clip:
             for name, clip in clips_of(task.blocks, trained=True).items():
                 self._add(name, {"clip": clip}, task.settings)
@@ -173,14 +174,17 @@ class Optimiser:
         self, name: str, layer: TrainedLinear, gradients: dict[str, Tensor], factor: float
     ) -> None:
         """One step of a layer; learning rates times ``factor``."""
+        if name not in self.each:
+            return
         optimiser, parameters = self.each[name], layer.state.parameters
         for group, key in zip(optimiser.param_groups, self.keys[name], strict=True):
-            share = layer.state.expansion_rate if key in _EXPANSION else 1.0
+            share = layer.state.expansion_rate if key in EXPANSION else 1.0
             group["lr"] = factor * share * self._rates.get(key, self._default)
             parameters[key].grad = gradients[key]
         optimiser.step()
         for parameter in parameters.values():
             parameter.grad = None
+        forget_moved(layer.state)
         limit(layer.state)
 
     def update_clip(self, name: str, clip: Tensor, factor: float) -> None:

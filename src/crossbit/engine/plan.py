@@ -21,6 +21,8 @@ from crossbit.recipe import (
     first_solver,
     matches,
 )
+from crossbit.solvers.expansion import ExpansionChoice
+from crossbit.solvers.rounding_state import RoundingChoice
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,26 @@ class ModelPlan:
         return sum(len(b.layers) for b in self.blocks)
 
 
+def choice_of(rounding: TrainedRounding | None) -> RoundingChoice:
+    """The parametrisation that a recipe asks for; the plainest for a layer that is not trained.
+
+    Raises:
+        InputError: its parts do not go together.
+    """
+    if rounding is None:
+        return RoundingChoice()
+    expansion = rounding.expansion
+    return RoundingChoice(
+        rounding.base,
+        rounding.parameter,
+        rounding.mode,
+        rounding.rank,
+        rounding.reach,
+        rounding.limits,
+        None if expansion is None else ExpansionChoice(**expansion.model_dump()),
+    )
+
+
 def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPlan:
     """Match every linear layer with the recipe.
 
@@ -72,8 +94,8 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
         width: columns of the embedding and head.
 
     Raises:
-        InputError: a pattern of the recipe matches no layer, a grid does not fit a layer, or no
-            layer would be quantized.
+        InputError: a pattern of the recipe matches no layer, a grid or an expansion does not fit a
+            layer, or no layer would be quantized.
     """
     blocks: list[BlockPlan] = []
     ignored: list[str] = []
@@ -88,8 +110,12 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
                 ignored.append(full)
                 continue
             weights, activations, solver = recipe.for_layer(full, info.role)
+            rounding = solver if isinstance(solver, TrainedRounding) else None
             try:
                 grid = weights.grid(info.in_features, *(expert_widths if is_expert(full) else ()))
+                expansion = choice_of(rounding).expansion
+                if expansion is not None:
+                    expansion.check_shape(info.out_features, info.in_features)
             except InputError as error:
                 raise InputError(f"{full}: {error}") from None
             if is_expert(full):
@@ -102,7 +128,7 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
                 activations.grid() if activations else None,
                 activations,
                 first_solver(solver),
-                solver if isinstance(solver, TrainedRounding) else None,
+                rounding,
             )
         blocks.append(BlockPlan(block, layers))
         _check_shared_inputs(block, layers)

@@ -27,6 +27,7 @@ from crossbit.engine.window import (
     make_task,
     through_original,
     train,
+    trains_steps,
 )
 from crossbit.engine.workdir import TARGET, WorkDir, teacher_name
 from crossbit.errors import WorkError
@@ -102,7 +103,7 @@ def _tune(
         [teacher],
         loss=loss,
         settings=settings,
-        steps={name: settings.step > 0 for name, _ in layers_of(blocks)},
+        steps={name: trains_steps(job, name) for name, _ in layers_of(blocks)},
         checkpointed=True,
     )
     progress = train(work, window, task, reporter, interrupted)

@@ -19,13 +19,12 @@ from crossbit.activations.quantize import (
 )
 from crossbit.engine.equivalent import Equivalent, equivalents
 from crossbit.engine.opening import OpenBlock
-from crossbit.engine.plan import BlockPlan
+from crossbit.engine.plan import BlockPlan, choice_of
 from crossbit.grid import QTensor
-from crossbit.recipe import Let, TrainedRounding
+from crossbit.recipe import Let
 from crossbit.runtime.install import QuantizedLayer, shared_turns
 from crossbit.runtime.linear import SharedInput
 from crossbit.runtime.online import carry, turn_input
-from crossbit.solvers.expansion import ExpansionChoice
 from crossbit.solvers.rounding import fake_weight, harden, start_rounding
 from crossbit.solvers.rounding_state import Rounding, RoundingChoice, forget_moved
 
@@ -100,13 +99,10 @@ class TrainedLinear(nn.Module):
     def hardened(self) -> QuantizedLayer:
         """The layer as it would be written now."""
         clip = None if self.clip is None else self.clip.detach().clone()
+        qtensor = harden(self.state)
+        forget_moved(self.state)
         return QuantizedLayer(
-            harden(self.state),
-            self.activations,
-            self.static_scale,
-            self.columns,
-            clip,
-            self.rotation,
+            qtensor, self.activations, self.static_scale, self.columns, clip, self.rotation
         )
 
     @property
@@ -154,22 +150,6 @@ class TrainedBlock:
             equivalent.apply()
         layers = {name: layer.hardened() for name, layer in self.layers.items()}
         return OpenBlock(self.module, layers, record=self.record)
-
-
-def choice_of(rounding: TrainedRounding | None) -> RoundingChoice:
-    """The parametrisation that a recipe asks for; the plainest for a layer that is not trained."""
-    if rounding is None:
-        return RoundingChoice()
-    expansion = rounding.expansion
-    return RoundingChoice(
-        rounding.base,
-        rounding.parameter,
-        rounding.mode,
-        rounding.rank,
-        rounding.reach,
-        rounding.limits,
-        None if expansion is None else ExpansionChoice(**expansion.model_dump()),
-    )
 
 
 def make_trainable(
@@ -325,6 +305,8 @@ def materialised(
                 weight = harden(layer.state).dequantize().to(dtype)
             else:
                 weight = fake_weight(layer.state, dtype)
+            if not grad:
+                forget_moved(layer.state)  # nobody asks for it again
             layer.weight = weight.requires_grad_(grad and not layer.frozen)
         for clip in clips_of(blocks, trained=True).values() if clips else ():
             clip.requires_grad_()

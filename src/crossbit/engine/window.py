@@ -98,7 +98,7 @@ def train_window(
         targets,
         loss=_loss(job, logits, terms),
         settings=job.recipe.training,
-        steps={n: _trains_steps(job, b.index, n) for b in blocks for n, _ in layers_of([b])},
+        steps={name: trains_steps(job, name) for name, _ in layers_of(blocks)},
         ahead=[_frozen(job, window.stop + n, length) for n in range(len(terms) - 1)],
     )
     progress = train(work, window, task, reporter, interrupted)
@@ -188,8 +188,10 @@ def gather(stream: Stream, numbers: Tensor, device: torch.device) -> Tensor:
     return torch.cat([stream.read(int(n), int(n) + 1, device) for n in numbers])
 
 
-def _trains_steps(job: Job, block: int, name: str) -> bool:
-    rounding = job.plan.blocks[block].layers[name.partition("/")[2]].rounding
+def trains_steps(job: Job, full: str) -> bool:
+    """Whether the recipe trains the steps of a layer, named as in ``layers_of``."""
+    index, _, name = full.partition("/")
+    rounding = job.plan.blocks[int(index)].layers[name].rounding
     return rounding is not None and rounding.steps
 
 

@@ -167,8 +167,8 @@ def _refine(d: Description, parts: list[float]) -> float:
 
 def _trained(layer: LayerShape) -> float:
     """Parameters of a layer as they are saved, the steps included."""
-    full = layer.rounding is None or layer.rounding.parameter == "full"
-    return FLOAT * ((layer.weights if full else layer.parameters) + layer.scales)
+    offset = layer.weights if layer.rounding is None else 0  # of a frozen layer, too
+    return FLOAT * (offset + layer.parameters + layer.limits)
 
 
 def trained(block: BlockShape) -> float:
@@ -181,4 +181,5 @@ def packed(d: Description, block: BlockShape) -> float:
     total = float(d.itemsize * block.other)
     for layer in block.planned:
         total += _trained(layer) + (FLOAT + 1) * layer.weights + 2 * layer.scales
+        total += FLOAT * layer.basis
     return total

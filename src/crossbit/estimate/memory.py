@@ -7,7 +7,7 @@ names; numbers that no code states are constants with a word on what they stand 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from crossbit.engine.fit import Task
 from crossbit.engine.job import batch_of
@@ -56,6 +56,9 @@ ROUND_TRIP, FOLD, DEQUANTIZE = 13, 16, 8
 FIT_ROWS, FIT_BUFFERS = 896, 8
 # Float32 copies of a chunk of logits in their divergence: both models', softmaxes, terms, one more.
 DIVERGENCE = 6
+# Float32 copies, at a decomposition's worst moment beyond its weight and its result, of the square
+# of the weight's shorter side (LAPACK's space) and of the weight (its copy, factors before signs).
+SVD_SQUARES, SVD_WEIGHTS = 4, 2
 
 STAGES = (
     *("prepare", "open", "solve", "train", "close", "end to end", "head"),
@@ -274,12 +277,37 @@ def _close(d: Description, block: BlockShape) -> float:
 
 
 def _live_layer(layer: LayerShape) -> float:
-    """A weight in training between windows: what is rounded, first codes, parameters, steps."""
+    """A weight in training between windows: what is rounded, first codes, parameters, steps.
+
+    And its singular directions, where it moves along them.
+    """
     if not layer.quantized:
         return 0.0
-    full = layer.rounding is None or layer.rounding.parameter == "full"
-    parameters = layer.weights if full else layer.parameters
-    return FLOAT * layer.weights + layer.weights + FLOAT * parameters + 3 * FLOAT * layer.scales
+    offset = layer.weights if layer.rounding is None else 0  # of a frozen layer, too
+    parameters = offset + layer.parameters + layer.limits + layer.basis
+    return FLOAT * layer.weights + layer.weights + FLOAT * (parameters + 2 * layer.scales)
+
+
+def _moved(layers: Iterable[LayerShape]) -> float:
+    """Float32 copies of the weights that move, kept while a step is made."""
+    return sum(FLOAT * layer.weights for layer in layers if layer.directions)
+
+
+def _pulled(layers: Iterable[LayerShape]) -> float:
+    """Of the worst layer: gradients; where the weight moves, that at it, and U^T G."""
+
+    def numbers(layer: LayerShape) -> int:
+        moves = layer.weights if layer.directions else 0
+        return layer.parameters + moves + layer.directions * layer.columns
+
+    return float(FLOAT * max(map(numbers, layers), default=0))
+
+
+def _decomposed(layer: LayerShape) -> float:
+    """A singular value decomposition, beyond its weight and its result."""
+    if not layer.directions:
+        return 0.0
+    return FLOAT * (SVD_SQUARES * min(layer.rows, layer.columns) ** 2 + SVD_WEIGHTS * layer.weights)
 
 
 def _live(d: Description, block: BlockShape) -> float:
@@ -332,16 +360,17 @@ def _train(d: Description) -> float:
         layers = [layer for b in blocks for layer in b.planned]
         # Materialised weights and their gradients; Adam's two moments.
         weights = d.itemsize * sum(layer.weights * 2 for layer in layers)
-        moments = 2 * FLOAT * sum(layer.parameters + layer.scales for layer in layers)
+        moments = 2 * FLOAT * sum(layer.parameters + layer.limits for layer in layers)
         graph = tokens * sum(saved(d, b) for b in blocks)
         widest = max(forward(d, b, tokens, d.length, d.itemsize) for b in blocks)
-        pulled = FLOAT * max((layer.parameters for layer in layers), default=0)
+        pulled = _pulled(layers)
         logits = 0.0
         if d.recipe.objective.logits and window.stop == len(d.blocks):
             # The gradient of what leaves the last block is kept, and scaled.
             logits = d.itemsize * (d.outside_weights + 2 * tokens * d.width)
             logits += _logits(d, gradient=True)
-        worst = max(worst, alive + weights + moments + max(graph + widest + logits, pulled))
+        step = weights + _moved(layers) + moments + max(graph + widest + logits, pulled)
+        worst = max(worst, alive + max([step, *map(_decomposed, layers)]))
     return worst
 
 
@@ -350,16 +379,16 @@ def _refine(d: Description, settings: EndToEnd) -> float:
     alive = sum(_live(d, b) for b in d.blocks)
     layers = [layer for b in d.blocks for layer in b.planned]
     moved = [layer for layer in layers if layer.rounding is not None]
-    moments = 2 * FLOAT * sum(layer.parameters + layer.scales for layer in moved)
+    moments = 2 * FLOAT * sum(layer.parameters + layer.limits for layer in moved)
     tokens = training_tokens(d, settings)
     batch = d.itemsize * d.width * min(settings.batch, d.samples - d.held) * d.length
     # What enters the blocks and leaves the last one, the target, the gradient.
     inputs = batch * (len(d.blocks) + 3)
     block = 0.0
     for b in dict.fromkeys(d.blocks):
-        weights = 2 * d.itemsize * sum(layer.weights for layer in b.planned)
+        weights = 2 * d.itemsize * sum(layer.weights for layer in b.planned) + _moved(b.planned)
         ran = tokens * saved(d, b) + forward(d, b, tokens, d.length, d.itemsize)
-        pulled = FLOAT * max((layer.parameters for layer in b.planned), default=0)
+        pulled = _pulled(b.planned)
         block = max(block, weights + max(ran, pulled))
     loss = _logits(d, gradient=True) + d.itemsize * tokens * d.width
     # An evaluation makes the weights of all blocks, and runs more sequences at a time.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossbit.engine.job import batch_of
-from crossbit.engine.plan import LayerPlan, ModelPlan
+from crossbit.engine.plan import LayerPlan, ModelPlan, choice_of
 from crossbit.engine.progress import release_memory
 from crossbit.engine.statistics import InputStatistics
-from crossbit.engine.trained import choice_of
 from crossbit.errors import InputError
 from crossbit.estimate.shapes import Description
 from crossbit.estimate.work import ATTENTION_BACKWARD, KINDS, attention, flops, gptq_flops
@@ -34,6 +34,7 @@ from crossbit.packing import pack, unpack
 from crossbit.recipe import Gptq
 from crossbit.runtime.linear import QuantLinear
 from crossbit.solvers.awq import awq_search_clip
+from crossbit.solvers.expansion import singular_basis
 from crossbit.solvers.gptq import gptq
 from crossbit.solvers.hessian import HessianAccumulator, fast_products, inverse_factor
 from crossbit.solvers.rounding import fake_weight, pull_back, start_rounding
@@ -290,7 +291,9 @@ class Probe:
         )
         rows, columns = 2 * SIDE, SIDE  # larger than a cache, as layers are
         weight, grid = self.normal(rows, columns), self._fitting(SIDE)
-        state = start_rounding(weight, rtn(weight, grid), choice_of(rounding))
+        # Moves along singular directions are products, which are counted as such.
+        choice = replace(choice_of(rounding), expansion=None)
+        state = start_rounding(weight, rtn(weight, grid), choice)
         gradient = weight.to(self.dtype)
         parameter = nn.Parameter(self.normal(rows, columns))
         parameter.grad = torch.ones_like(parameter)
@@ -393,6 +396,9 @@ def rates(
         found |= probe.ranges()
     if "soften" in wanted:
         found |= probe.trained()
+    if "decompose" in wanted:
+        weight = probe.normal(SIDE // 2, SIDE // 2)
+        found["decompose"] = best(lambda: singular_basis(weight)) / (SIDE // 2) ** 3
     if wanted & {"logits", "divergence"}:
         found |= probe.losses(wanted)
     return found

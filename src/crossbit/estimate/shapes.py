@@ -6,13 +6,14 @@ function of a ``Description``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from crossbit.engine.job import needs_calibration
-from crossbit.engine.plan import BlockPlan, LayerPlan, ModelPlan
+from crossbit.engine.plan import BlockPlan, LayerPlan, ModelPlan, choice_of
 from crossbit.export.artifact import layer_scheme, outside_schemes
 from crossbit.export.scheme import INT, QuantScheme
 from crossbit.models.experts import is_expert
@@ -28,6 +29,7 @@ from crossbit.recipe import (
     first_solver,
 )
 from crossbit.run import VERIFY_TOKENS, evaluation_length
+from crossbit.solvers.expansion import stored_shapes
 from crossbit.windows import Window, schedule
 
 SHAPE_ENTRY = 16  # bytes of weight_shape, two int64, beside packed words
@@ -80,12 +82,43 @@ class LayerShape:
 
     @property
     def parameters(self) -> int:
-        """Numbers that training changes, the steps left out."""
+        """Numbers that training changes, those of the steps left out."""
         if self.rounding is None:
             return 0
-        if self.rounding.parameter == "full":
-            return self.weights
-        return min(self.rounding.rank, self.rows, self.columns) * (self.rows + self.columns)
+        rank = min(self.rounding.rank, self.rows, self.columns)
+        offsets = {
+            "full": self.weights,
+            "low_rank": rank * (self.rows + self.columns),
+            "none": 0,
+        }
+        return offsets[self.rounding.parameter] + sum(map(math.prod, self._inner.values()))
+
+    @property
+    def limits(self) -> int:
+        """Numbers that the steps are trained by: one each, or the two ends of each range."""
+        ranges = self.rounding is not None and self.rounding.limits == "range"
+        return self.scales * (2 if ranges else 1)
+
+    @property
+    def directions(self) -> int:
+        """Singular directions that the weight moves along, 0 if it stays where it is."""
+        choice = choice_of(self.rounding).expansion
+        return 0 if choice is None else choice.check_shape(self.rows, self.columns)
+
+    @property
+    def basis(self) -> int:
+        """Numbers of U, V^T and S."""
+        return self.directions * (self.rows + self.columns + 1)
+
+    @property
+    def inner_width(self) -> float:
+        """Mean numbers in a row of B."""
+        return sum(map(math.prod, self._inner.values())) / max(1, self.directions)
+
+    @property
+    def _inner(self) -> dict[str, tuple[int, ...]]:
+        choice = choice_of(self.rounding).expansion
+        return {} if choice is None else stored_shapes(choice, self.directions)
 
 
 @dataclass(frozen=True)
@@ -324,7 +357,8 @@ def with_recipe(description: Description, recipe: Recipe) -> Description:
         solver = recipe.solver
         if known.rounding is None or not isinstance(solver, TrainedRounding):
             return known
-        rounding = known.rounding.model_copy(update={"parameter": solver.parameter})
+        same = {key: getattr(solver, key) for key in ("parameter", "limits", "expansion")}
+        rounding = known.rounding.model_copy(update=same)
         return replace(known, rounding=rounding)
 
     changed = {

@@ -64,7 +64,8 @@ KINDS = (
         "factor",
     ),
     *("column", "cell", "round", "clip", "awq_clip", "trip", "sampled", "fit", "fold", "ranges"),
-    *("soften", "pull", "adam", "logits", "divergence", "load", "pack", "unpack"),
+    *("soften", "pull", "adam", "decompose"),
+    *("logits", "divergence", "load", "pack", "unpack"),
     *("write", "read", "hash", "scan", "characters", "release", "seconds"),
 )
 
@@ -288,6 +289,10 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
                 opening["load"] += block.parameters
                 _pass(opening, "forward", d, block, d.samples, d.length)
                 opening["write"] += stream
+                for layer in block.planned:
+                    if layer.directions:
+                        shorter = min(layer.rows, layer.columns)
+                        opening["decompose"] += float(layer.weights) * shorter
             if index < window.stop - 1 and window.stop > opened:  # what the next block begins with
                 _pass(opening, "forward", d, block, d.samples, d.length)
                 opening["soften"] += sum(layer.weights for layer in block.planned)
@@ -299,10 +304,12 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
             _pass(work, _kind(block), d, block, (training.epochs + 1) * d.held, d.length)
             _pass(work, "trained", d, block, training.epochs * fitting, d.length)
             for layer in block.planned:
-                work["soften"] += (steps + training.epochs + 1) * layer.weights
+                made = steps + training.epochs + 1
+                work["soften"] += made * layer.weights
+                work["float32"] += (made + steps) * _along(layer)
                 if layer.rounding is not None:
                     work["pull"] += steps * layer.weights
-                    work["adam"] += steps * (layer.parameters + layer.scales)
+                    work["adam"] += steps * (layer.parameters + layer.limits)
                     work["write"] += (training.epochs + 1) * 4 * layer.parameters
         if d.recipe.objective.logits and window.stop == len(d.blocks):
             work["load"] += d.outside_weights
@@ -313,6 +320,11 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
         staying = range(window.hardened.stop, window.stop)
         work["write"] += sum(packed(d, d.blocks[i]) for i in staying)
         opened = window.stop
+
+
+def _along(layer: LayerShape) -> float:
+    """Flops of a weight's move along its singular directions; as many for its gradient."""
+    return 2.0 * layer.directions * layer.columns * (layer.rows + layer.inner_width)
 
 
 def _refine(d: Description, settings: EndToEnd, work: defaultdict[str, float]) -> None:
@@ -328,10 +340,12 @@ def _refine(d: Description, settings: EndToEnd, work: defaultdict[str, float]) -
         _pass(work, "trained", d, block, seen, d.length)  # runs again, and backward
         for layer in block.planned:
             # Made twice a step, and once more to be closed.
-            work["soften"] += (2 * steps + evaluations + 1) * layer.weights
+            made = 2 * steps + evaluations + 1
+            work["soften"] += made * layer.weights
+            work["float32"] += (made + steps) * _along(layer)
             if layer.rounding is not None:
                 work["pull"] += steps * layer.weights
-                work["adam"] += steps * (layer.parameters + layer.scales)
+                work["adam"] += steps * (layer.parameters + layer.limits)
         _pass(work, "forward", d, block, d.held, d.length)
         _close(d, block, work)
     _divergence(d, work, seen, evaluations)

@@ -159,7 +159,12 @@ def start_expansion(basis: Basis, choice: ExpansionChoice) -> dict[str, Tensor]:
             " the choice's rank"
         )
     choice._check_width(r)
-    b = choice.width
+    return {name: basis.u.new_zeros(shape) for name, shape in stored_shapes(choice, r).items()}
+
+
+def stored_shapes(choice: ExpansionChoice, directions: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what ``start_expansion`` makes for so many directions."""
+    r, b = directions, choice.width
     shapes: dict[Kind, dict[str, tuple[int, ...]]] = {
         "diagonal": {"expansion": (1, r)},
         "band": {"expansion": (2 * b + 1, r)},
@@ -167,7 +172,7 @@ def start_expansion(basis: Basis, choice: ExpansionChoice) -> dict[str, Tensor]:
         "square": {"expansion": (1, r), "square": (b, b)},
         "full": {"expansion": (r, r)},
     }
-    return {name: basis.u.new_zeros(shape) for name, shape in shapes[choice.kind].items()}
+    return shapes[choice.kind]
 
 
 def expand(basis: Basis, choice: ExpansionChoice, parameters: dict[str, Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ Parameter = Literal["full", "low_rank", "none"]
 Mode = Literal["straight_through", "sigmoid"]
 Limits = Literal["step", "range"]
 
+EXPANSION = ("expansion", "square")  # names of B's parameters
 WHOLE = 4.0  # where g of limits "range" starts: sigmoid(4) = 0.982 of the range (OmniQuant)
 
 
@@ -67,6 +68,22 @@ class RoundingChoice:
 
 
 @dataclass
+class _Moved:
+    """A moved weight, and what it was made of: tensors, and the versions they had."""
+
+    weight: Tensor
+    sources: list[Tensor]
+    versions: list[int]
+
+    def fits(self, sources: list[Tensor]) -> bool:
+        """True if nothing that is known of them says that it would be another one now."""
+        return len(sources) == len(self.sources) and all(
+            one is other and one._version == version
+            for one, other, version in zip(sources, self.sources, self.versions, strict=True)
+        )
+
+
+@dataclass
 class Rounding:
     """A weight whose rounding is being trained.
 
@@ -92,7 +109,7 @@ class Rounding:
     basis: Basis | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
-    _moved: tuple[tuple[int, ...], Tensor] | None = field(default=None, repr=False)
+    _moved: _Moved | None = field(default=None, repr=False)
 
     @property
     def moves(self) -> bool:
@@ -110,30 +127,33 @@ class Rounding:
 def moved_weight(state: Rounding) -> Tensor:
     """What is rounded, float32 [N, K]: W, moved by its expansion and factors. Not to be written to.
 
-    It is made once for all that is asked between two steps of the optimiser.
+    It is made once for all that is asked between two steps of the optimiser. Operations in place
+    show in a tensor's version; torch's fused optimisers write without one: ``forget_moved`` goes
+    after their steps.
     """
     if not state.moves:
         return state.weight
-    known = (*state.parameters.values(), *_factors(state))
-    versions = tuple(tensor._version for tensor in known)
-    if state._moved is None or state._moved[0] != versions:
+    moving = [p for name, p in state.parameters.items() if name in EXPANSION]
+    sources = [state.weight, *moving, *_factors(state)]
+    if state._moved is None or not state._moved.fits(sources):
         moved = _expanded(state)
         for factor, axis in ((state.rows, 1), (state.columns, 0)):
             if factor is not None:
                 moved = moved * factor.unsqueeze(axis)
-        state._moved = (versions, moved)
-    return state._moved[1]
+        state._moved = _Moved(moved, sources, [tensor._version for tensor in sources])
+    return state._moved.weight
 
 
 def forget_moved(state: Rounding) -> None:
-    """Free what ``moved_weight`` keeps."""
+    """Free what ``moved_weight`` keeps; what is asked next is made anew."""
     state._moved = None
 
 
 def _expanded(state: Rounding) -> Tensor:
     if state.basis is None or state.choice.expansion is None:
         return state.weight
-    return state.weight + expand(state.basis, state.choice.expansion, state.parameters)
+    inner = {name: p for name, p in state.parameters.items() if name in EXPANSION}
+    return state.weight + expand(state.basis, state.choice.expansion, inner)
 
 
 def _factors(state: Rounding) -> list[Tensor]:
@@ -163,7 +183,11 @@ def effective_scale(state: Rounding) -> Tensor:
 
 
 def pull_back_limits(state: Rounding, slopes: Tensor, found: dict[str, Tensor]) -> None:
-    """Gradients of what the steps come from, given those at the steps themselves [N', G]."""
+    """Gradients of what the steps come from, given those at the steps themselves [N', G].
+
+    A range's gradient ends at its shares: that a moved weight's extremes make the range, and zero
+    points, are constants to it.
+    """
     if state.choice.limits == "step":
         found["step"] = slopes * effective_scale(state)
         return

@@ -1,0 +1,206 @@
+"""Whole runs that train ranges and move weights along their singular directions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.test_reconstruction_resume import KILLER, ROOT, uninterrupted
+from tests.running import Cli, short_run
+from tests.tiny import BLOCKS
+from tests.training import recipe, train, weights_of
+
+from crossbit.engine.live import parameters_of
+from crossbit.engine.window import train_window
+from crossbit.errors import InputError
+from crossbit.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("quick", "no_collection")
+
+SOLVER: dict[str, Any] = {
+    "start": {"kind": "rtn"},
+    "parameter": "none",
+    "limits": "range",
+    "expansion": {"kind": "band", "width": 4},
+}
+ALONE = {"window": 1, "overlap": 0}
+FAST = {"epochs": 2, "batch": 2, "range": 0.05, "expansion": 0.01}
+ASYMMETRIC: dict[str, Any] = {
+    "weights": {"bits": 2, "group": 16, "symmetric": False, "scale_dtype": "float32"},
+    "embedding": None,
+    "head": None,
+}
+
+
+def moving(solver: dict[str, Any] | None = None, **data: Any) -> Recipe:
+    chosen = {"objective": ALONE, "training": FAST, **data}
+    return recipe({**SOLVER, **(solver or {})}, **chosen)
+
+
+W4, W2 = moving(), moving(**ASYMMETRIC)
+# Two blocks at a time, what is rounded being trained too, and all blocks together afterwards.
+WHOLE = moving(
+    {"parameter": "low_rank", "expansion": {"kind": "square", "width": 3}},
+    objective={"window": 2, "overlap": 1},
+    end_to_end={"epochs": 1, "batch": 2},
+)
+CASES = {"w4": W4, "w2": W2, "whole": WHOLE}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> dict[str, Path]:
+    """Results of uninterrupted runs, each verified."""
+    folder = tmp_path_factory.mktemp("finished")
+    return {name: uninterrupted(folder / name, llama, text, case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("name", ["w4", "w2"])
+def test_a_rerun_gives_the_same_bytes(
+    name: str, finished: dict[str, Path], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    train(llama, text, tmp_path / "out", CASES[name])
+    assert weights_of(tmp_path / "out") == weights_of(finished[name])
+    known = json.loads((finished[name] / "crossbit.json").read_text())["training"]
+    assert len(known) == BLOCKS
+    assert all(window["after"] <= window["before"] for window in known)
+    assert any(window["after"] < window["before"] for window in known)
+
+
+def test_weights_really_move(llama: Path, text: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    """In every layer both ends of the ranges and B are trained, at the recipe's rates."""
+    seen: list[dict[str, float]] = []
+
+    def watched(*args: Any) -> Any:
+        found = train_window(*args)
+        for name, parameter in parameters_of(args[3]).items():
+            start = 4.0 if name.endswith(("low", "high")) else 0.0
+            seen.append({name.rpartition("/")[2]: float((parameter - start).abs().max())})
+        return found
+
+    monkeypatch.setattr("crossbit.engine.loop.train_window", watched)
+    train(llama, text, tmp_path / "out", W2)
+    assert {name for row in seen for name in row} == {"low", "high", "expansion"}
+    moved = [row for row in seen if max(row.values()) > 0]
+    assert len(moved) > len(seen) / 2
+    assert max(row.get("expansion", 0.0) for row in seen) < 0.05
+
+
+def test_moves_change_the_result(finished: dict[str, Path], llama: Path, text: Path) -> None:
+    plain = moving({"expansion": None})
+    out = uninterrupted(finished["w4"].with_name("plain"), llama, text, plain)
+    assert weights_of(out) != weights_of(finished["w4"])
+
+
+MOMENTS = {
+    "w4": ("training", 1),
+    "w2": ("training", 3),
+    "whole": ("training", 8),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> dict[str, Path]:
+    """Output folders of runs that were killed inside a window."""
+    folder = tmp_path_factory.mktemp("killed")
+    common = {"model": str(llama), "calibration": str(text), "samples": 4, "length": 32}
+    jobs = []
+    for name, (file, count) in MOMENTS.items():
+        chosen = CASES[name].model_dump(mode="json")
+        options = {**common, "recipe": chosen, "out": str(folder / name)}
+        jobs.append((f"{file}.safetensors", count, "after", options))
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(jobs)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=240,
+    )
+    return {name: folder / name for name in MOMENTS}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_killed_inside_a_window_it_resumes_to_the_same_bytes(
+    name: str, killed: dict[str, Path], finished: dict[str, Path], llama: Path, text: Path
+) -> None:
+    out = killed[name]
+    assert not out.exists()
+    train(llama, text, out, CASES[name], resume=True)
+    assert weights_of(out) == weights_of(finished[name])
+
+
+# -- what does not go is said before work starts --------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a band": ({"expansion": {"kind": "band", "width": 64}}, r"width: band of 64 does not fit"),
+    "blocks": ({"expansion": {"kind": "blocks", "width": 0}}, r"width: blocks of 0 is below 1"),
+    "a rank": ({"expansion": {"rank": 999}}, r"rank: 999 is not possible for a weight"),
+    "a mode": ({"mode": "sigmoid"}, r"mode sigmoid, .* use mode straight_through"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_move_that_does_not_fit_is_refused(
+    what: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    solver, message = REFUSED[what]
+    with pytest.raises(InputError, match=rf"^model\.layers\.0\.\S+: {message}") as found:
+        train(llama, text, tmp_path / "out", moving(solver))
+    assert "\n" not in str(found.value)
+    assert not list(tmp_path.iterdir())
+
+
+def written(recipe: Recipe, path: Path) -> Path:
+    path.write_text(json.dumps(recipe.model_dump(mode="json")))
+    return path
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_a_band_wider_than_a_matrix_is_one_line_and_exit_code_two(
+    command: str, cli: Cli, source: Path, tmp_path: Path
+) -> None:
+    wide = written(moving({"expansion": {"kind": "band", "width": 64}}), tmp_path / "wide.yaml")
+    options = short_run(source.with_name("text.txt"))
+    ran = cli(command, source, "--recipe", wide, *options, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "band of 64 does not fit" in ran.err
+    assert "Traceback" not in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+    assert {p.name for p in tmp_path.iterdir()} <= {"cache", "wide.yaml"}
+
+
+def test_an_override_that_moves_only_what_it_fits(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Layers are looked at one by one."""
+    wide = {"kind": "rounding", **SOLVER, "expansion": {"kind": "band", "width": 40}}
+    narrow = {**wide, "expansion": {"kind": "diagonal"}}
+    small = [{"match": name, "solver": narrow} for name in ("k_proj", "v_proj")]
+    with pytest.raises(InputError, match=r"k_proj: width: band of 40"):
+        train(llama, text, tmp_path / "out", moving({"expansion": wide["expansion"]}))
+    train(llama, text, tmp_path / "out", moving({"expansion": wide["expansion"]}, overrides=small))
+
+
+# -- estimates ------------------------------------------------------------------------------------
+
+
+def test_plan_runs_and_counts_what_moving_keeps(cli: Cli, source: Path, tmp_path: Path) -> None:
+    results = {}
+    for name, solver in {"moves": {}, "stays": {"expansion": None}}.items():
+        chosen = written(moving(solver), tmp_path / f"{name}.yaml")
+        options = short_run(source.with_name("text.txt"))
+        place = ("--out", tmp_path / "out", "--json", tmp_path / "plan.json")
+        ran = cli("plan", source, "--recipe", chosen, *options, *place)
+        assert ran.code == 0, ran.err
+        results[name] = json.loads((tmp_path / "plan.json").read_text())
+    memory = {
+        name: {row["stage"]: row["memory"] for row in result["stages"]}
+        for name, result in results.items()
+    }
+    assert memory["moves"]["train"] > memory["stays"]["train"]
+    assert "decompose" in results["moves"]["operations"]["open"]
+    assert results["moves"]["rates"]["decompose"] > 0
+    assert results["stays"]["rates"]["decompose"] == 0
