@@ -1,8 +1,8 @@
 """What happens at run time beside the layers themselves, and only crossbit does.
 
-A transform of a layer's input is a forward pre-hook: it belongs to the place in the block, not to
-the layer, so whatever replaces the layer (a trained one, a quantized one) takes it over
-(``carry``), and whatever watches the layer's input sees what the layer reads.
+A transform of a layer's input is a forward pre-hook. One that belongs to the place in the block is
+taken over by whatever replaces the layer there (``carry``); one that belongs to the layer itself,
+whose weight was made for it, is not. Whatever watches the layer's input sees what the layer reads.
 """
 
 from __future__ import annotations
@@ -140,14 +140,26 @@ def _rotate_head(x: Tensor) -> Tensor:
     return apply_hadamard(x)
 
 
-def turn_input(module: nn.Module, transform: InputTransform) -> None:
-    """Apply ``transform`` to what the module reads first."""
+def turn_input(module: nn.Module, transform: InputTransform, *, own: bool = False) -> None:
+    """Apply ``transform`` to what the module reads, after what is applied already.
+
+    Args:
+        module: the layer.
+        transform: of its input.
+        own: it belongs to this layer, and not to what will take its place.
+    """
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (transform(args[0]), *args[1:])
 
-    setattr(module, _MARK, transform)
+    if not own:
+        setattr(module, _MARK, transform)
     module.register_forward_pre_hook(hook)
+
+
+def is_turned(module: nn.Module) -> bool:
+    """True if what stands in the module's place reads a transformed input."""
+    return getattr(module, _MARK, None) is not None
 
 
 def carry(old: nn.Module, new: nn.Module) -> None:
