@@ -18,6 +18,7 @@ from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
 from crossbit.models.structure import NormSource, RowSource
 from crossbit.recipe import AwqScale, Cfp, CrossFold, Fold, Let, Smooth
+from crossbit.runtime.online import is_turned
 from crossbit.transforms import awq_scale, cfp, cross_fold, smooth
 from crossbit.transforms.fold import fold
 from crossbit.transforms.search import FoldChoice, FoldProblem
@@ -77,6 +78,11 @@ def apply_transforms(
                 continue  # its factors begin at 1, or it has none
             norms_only = isinstance(config, Smooth) and config.targets == "norms"
             if norms_only and not isinstance(group.source, NormSource):
+                continue
+            if any(is_turned(block.get_submodule(name)) for name in group.consumers):
+                # The channels that they read are not those that the source makes.
+                reason = "its input is rotated at run time"
+                records.append({"group": group.name, "kind": config.kind, "skipped": reason})
                 continue
             choice = _CHOOSE[type(config)](_problem(block, plan, state, config), config)
             realised = fold(block, group, choice.factor, stored=stored).float()
