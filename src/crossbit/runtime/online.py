@@ -43,16 +43,18 @@ class Online:
 
     Attributes:
         hadamard: path of a linear layer -> channels of the Hadamard transform of its input.
+        rotations: names in the file of layers whose input has a rotation that is stored with them.
         keys: queries and keys are rotated, head by head, after RoPE.
         cache: grid of keys and values, None for floating point.
     """
 
     hadamard: Mapping[str, int] = field(default_factory=dict)
+    rotations: tuple[str, ...] = ()
     keys: bool = False
     cache: KVGrid | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.hadamard) or self.attention
+        return bool(self.hadamard) or bool(self.rotations) or self.attention
 
     @property
     def attention(self) -> bool:
@@ -109,7 +111,12 @@ class Online:
     def to_json(self) -> dict[str, Any]:
         """For config.json."""
         cache = None if self.cache is None else asdict(self.cache)
-        return {"hadamard": dict(self.hadamard), "keys": self.keys, "cache": cache}
+        return {
+            "hadamard": dict(self.hadamard),
+            "rotations": list(self.rotations),
+            "keys": self.keys,
+            "cache": cache,
+        }
 
     @classmethod
     def of_json(cls, data: Any) -> Online:
@@ -119,9 +126,12 @@ class Online:
             InputError: it is something else.
         """
         try:
-            cache = data["cache"]
+            cache, rotations = data["cache"], data["rotations"]
+            if not isinstance(rotations, list):
+                raise TypeError
             return cls(
                 {str(k): int(v) for k, v in data["hadamard"].items()},
+                tuple(map(str, rotations)),
                 bool(data["keys"]),
                 None if cache is None else KVGrid(**cache),
             )
