@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from crossbit.engine.workdir import PREFIX, WorkDir, part_name
 from crossbit.errors import WorkError
 from crossbit.evaluation.run import compare_losses, losses_of
 from crossbit.export.artifact import folder_config, stored_name
-from crossbit.export.research import wrap
+from crossbit.export.research import rotated, wrap
 from crossbit.export.shards import ShardWriter
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.families import needs_bos
@@ -41,7 +43,7 @@ def finish(run: Run, work: WorkDir, output: OutputFolder, reporter: Reporter) ->
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     writer = _write_weights(run, work, staged)
-    _write_config(run, staged)
+    _write_config(run, staged, writer.digests)
     _copy_companions(run, staged)
     result = _result(run, work, staged)
     clock = time.monotonic()
@@ -75,7 +77,8 @@ def _write_weights(run: Run, work: WorkDir, staged: Path) -> ShardWriter:
     return writer
 
 
-def _write_config(run: Run, staged: Path) -> None:
+def _write_config(run: Run, staged: Path, stored: Iterable[str]) -> None:
+    """config.json; ``stored`` are the names of all tensors."""
     config = json.loads((run.folder.path / "config.json").read_text("utf8"))
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
@@ -89,7 +92,8 @@ def _write_config(run: Run, staged: Path) -> None:
                 if layer.activations is not None:
                     name = stored_name(run.structure.family, f"{block.structure.name}.{relative}")
                     grids[name] = layer.activations
-        config = wrap(config, grids, run.recipe.kind, run.online.to_json())
+        online = replace(run.online, rotations=rotated(stored))
+        config = wrap(config, grids, run.recipe.kind, online.to_json())
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(staged / "config.json", text)
 

@@ -41,7 +41,13 @@ TRAINED = custom(
 )
 
 
-NOTHING: dict[str, Any] = {"hadamard": {}, "keys": False, "cache": None, "prefix": None}
+NOTHING: dict[str, Any] = {
+    "hadamard": {},
+    "rotations": [],
+    "keys": False,
+    "cache": None,
+    "prefix": None,
+}
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,7 @@ def equivalents(
     """
     found: list[Equivalent] = []
     for group in plan.structure.groups:
-        if not trainable(plan, group, down) or any(name not in layers for name in group.consumers):
+        if not trainable(plan, group, down):
             continue
         consumers = {name: layers[name] for name in group.consumers}
         own = (known or {}).get(group.name, {})
@@ -182,7 +182,7 @@ def equivalents(
                 bias = own.get("bias", _parameter(norm, "bias").detach().float().clone())
             log = own.get("log", torch.zeros(group.width))
             found.append(Equivalent(group, log, consumers, norm, gain, bias))
-        elif isinstance(source, RowSource) and source.linear in layers:
+        elif isinstance(source, RowSource):
             producer = layers[source.linear]
             rows, channel = torch.unique(source.rows, return_inverse=True)
             bias = None
@@ -206,14 +206,20 @@ def equivalents(
 def trainable(plan: BlockPlan, group: InputGroup, down: bool) -> bool:
     """Whether a factor of the group's input is trained.
 
-    None where a weight that is not quantized reads it too, and of the input of down_proj only with
-    ``down``.
+    None where a weight that is not trained reads it, or makes it: the gradient of the factor would
+    lack a part. Of the input of down_proj only with ``down``: OmniQuant has none there.
     """
-    if group.source is None or group.readers:
+    source = group.source
+    if source is None or group.readers:
         return False
-    if isinstance(group.source, NormSource):
-        return True
-    return down or all(plan.structure.linears[name].role == "o_proj" for name in group.consumers)
+    weights = list(group.consumers)
+    if isinstance(source, RowSource):
+        others = any(plan.structure.linears[name].role != "o_proj" for name in group.consumers)
+        if others and not down:
+            return False
+        weights.append(source.linear)
+    planned = [plan.layers.get(name) for name in weights]
+    return all(layer is not None and layer.rounding is not None for layer in planned)
 
 
 def _filled(old: Tensor | None, count: int, rows: Tensor, values: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def with_states(
         )
         carry(linear, layers[name])
         if name in turns:
-            turn_input(layers[name], turns[name])
+            turn_input(layers[name], turns[name], own=True)
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layers[name])
     module.to(dtype)

@@ -58,7 +58,7 @@ def turn_inputs(
             permute=config.permute,
             seed=config.seed,
             shared=config.shared,
-        )
+        ).to(sample.device, torch.float32)  # as it is stored and applied
         for name in planned:
             weight = block.get_submodule(name).get_parameter("weight")
             weight.copy_(rotation.fold(weight))

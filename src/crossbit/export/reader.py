@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 from crossbit.errors import InputError
-from crossbit.export.research import CLIP, COLUMNS, ROTATION, activation_grids, model_config
+from crossbit.export.research import (
+    CLIP,
+    COLUMNS,
+    ROTATION,
+    activation_grids,
+    model_config,
+    online_content,
+)
 from crossbit.export.scheme import INT, PACKED, QuantScheme, Role, scheme_from_config
 from crossbit.export.targets import EMBEDDING, LINEAR, resolve
 from crossbit.grid import QTensor
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import is_expert
 from crossbit.packing import unpack, words_per_row
-from crossbit.rotations.duquant import DuRotation
+from crossbit.rotations.duquant import PARTS, DuRotation
 from crossbit.runtime.install import QuantizedLayer
 
 METHOD = "compressed-tensors"
@@ -81,6 +88,9 @@ class QuantizedCheckpoint:
         self._ignore = [str(entry) for entry in described.get("ignore") or []]
         self.stored = Checkpoint(folder)
         self._research = activation_grids(folder)
+        rotated = online_content(folder).get("rotations")
+        # A damaged config is told by whoever runs the model; the integers can be read without.
+        self._rotated = frozenset(map(str, rotated)) if isinstance(rotated, list) else None
         modules = _modules(self.stored.names)
         self._modules: dict[str, _Entry] = {}
         for name in sorted(m for m, parts in modules.items() if "weight_scale" in parts):
@@ -125,12 +135,11 @@ class QuantizedCheckpoint:
 
     def _rotation(self, name: str) -> DuRotation | None:
         """What turns a module's input at run time, if anything does."""
-        parts = {k: f"{name}.{ROTATION}{k}" for k in ("first", "permutation", "second")}
-        found = {k: self.stored.tensor(n) for k, n in parts.items() if n in self.stored}
-        if not found:
+        if self._rotated is None or name not in self._rotated:
             return None
+        parts = {key: self.stored.tensor(f"{name}.{ROTATION}{key}") for key in PARTS}
         try:
-            return DuRotation.from_tensors(found)
+            return DuRotation.from_tensors(parts)
         except InputError as error:
             raise InputError(f"{self.folder}: {name}: {error}") from None
 
@@ -300,14 +309,39 @@ class QuantizedCheckpoint:
         elif f"{name}.{CLIP}" in self.stored:
             raise InputError(f"{self.folder}: {name}.{CLIP} contradicts the config")
 
+        self._check_rotation(name, columns)
+
+    def _check_rotation(self, name: str, columns: int) -> None:
+        stored = {key: f"{name}.{ROTATION}{key}" for key in PARTS}
+        if self._rotated is None:
+            return
+        if name not in self._rotated:
+            for tensor in stored.values():
+                if tensor in self.stored:
+                    raise InputError(f"{self.folder}: {tensor} contradicts the config")
+            return
+        self._expect(stored["permutation"], (columns,))
+        for key in ("first", "second"):
+            self._expect_present(stored[key])
+            shape = self.stored.shape(stored[key])
+            n = shape[-1] if shape else 0
+            if n == 0 or columns % n or shape not in ((n, n), (columns // n, n, n)):
+                raise InputError(
+                    f"{self.folder}: {stored[key]} has shape {list(shape)}, which is no rotation "
+                    f"of {columns} channels; the file does not match its config"
+                )
+
     def _expect(self, stored: str, shape: tuple[int, ...]) -> None:
-        if stored not in self.stored:
-            raise InputError(f"{self.folder}: {stored} is missing; incomplete export")
+        self._expect_present(stored)
         if self.stored.shape(stored) != shape:
             raise InputError(
                 f"{self.folder}: {stored} has shape {list(self.stored.shape(stored))}, "
                 f"{list(shape)} expected; the file does not match its config"
             )
+
+    def _expect_present(self, stored: str) -> None:
+        if stored not in self.stored:
+            raise InputError(f"{self.folder}: {stored} is missing; incomplete export")
 
     def _check_leftovers(self, modules: dict[str, set[str]]) -> None:
         """Codes without a scale, and modules named by the config that hold none."""
@@ -320,6 +354,11 @@ class QuantizedCheckpoint:
                 raise InputError(
                     f"{self.folder}: {name}.weight_scale is missing; incomplete export"
                 )
+        for name in sorted((self._rotated or frozenset()) - set(self._modules)):
+            raise InputError(
+                f"{self.folder}: config.json names {name} as rotated, which is not quantized in "
+                "the file"
+            )
         for group, described in self._groups.items():
             for target in described["targets"]:
                 exact = not str(target).startswith("re:") and "." in str(target)

@@ -31,7 +31,7 @@ _SEARCH_ROWS = 4096
 _FOLD_ROWS = 1024
 # Rounding to float32 leaves 1e-7 of R R^T - I, to 16 bits more than this.
 _ORTHOGONAL_TO = 1e-4
-_NAMES = ("first", "permutation", "second")
+PARTS = ("first", "permutation", "second")  # names of what is stored
 
 
 def block_size_for(width: int, wanted: int = BLOCK) -> int:
@@ -205,7 +205,7 @@ class DuRotation:
 
     def tensors(self) -> dict[str, Tensor]:
         """What safetensors can store, by the names that `from_tensors` reads."""
-        return {name: getattr(self, name).contiguous() for name in _NAMES}
+        return {name: getattr(self, name).contiguous() for name in PARTS}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> DuRotation:
@@ -213,10 +213,10 @@ class DuRotation:
 
         Raises InputError where a tensor is missing or a matrix not orthogonal: a damaged file.
         """
-        missing = [name for name in _NAMES if name not in tensors]
+        missing = [name for name in PARTS if name not in tensors]
         if missing:
             raise InputError(f"a stored rotation lacks {', '.join(missing)}; export it again")
-        rotation = cls(*(tensors[name] for name in _NAMES))
+        rotation = cls(*(tensors[name] for name in PARTS))
         for name in ("first", "second"):
             matrix = tensors[name].double()
             identity = torch.eye(rotation.block).to(matrix)

@@ -108,5 +108,5 @@ def install(
         parent, _, child = name.rpartition(".")
         carry(linear, replacement)
         if name in turns:
-            turn_input(replacement, turns[name])
+            turn_input(replacement, turns[name], own=True)
         setattr(block.get_submodule(parent), child, replacement.to(device))

@@ -1,8 +1,8 @@
 """What happens at run time beside the layers themselves, and only crossbit does.
 
-A transform of a layer's input is a forward pre-hook: it belongs to the place in the block, not to
-the layer, so whatever replaces the layer (a trained one, a quantized one) takes it over
-(``carry``), and whatever watches the layer's input sees what the layer reads.
+A transform of a layer's input is a forward pre-hook. One that belongs to the place in the block is
+taken over by whatever replaces the layer there (``carry``); one that belongs to the layer itself,
+whose weight was made for it, is not. Whatever watches the layer's input sees what the layer reads.
 """
 
 from __future__ import annotations
@@ -84,18 +84,20 @@ class Online:
 
     Attributes:
         hadamard: path of a linear layer -> channels of the Hadamard transform of its input.
+        rotations: names in the file of layers whose input has a rotation that is stored with them.
         keys: queries and keys are rotated, head by head, after RoPE.
         cache: grid of keys and values, None for floating point.
         prefix: tokens before every text, None if there are none.
     """
 
     hadamard: Mapping[str, int] = field(default_factory=dict)
+    rotations: tuple[str, ...] = ()
     keys: bool = False
     cache: KVGrid | None = None
     prefix: PrefixTokens | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.hadamard) or self.attention
+        return bool(self.hadamard) or bool(self.rotations) or self.attention
 
     @property
     def attention(self) -> bool:
@@ -182,6 +184,7 @@ class Online:
         prefix = None if self.prefix is None else self.prefix.ids.tolist()
         return {
             "hadamard": dict(self.hadamard),
+            "rotations": list(self.rotations),
             "keys": self.keys,
             "cache": cache,
             "prefix": prefix,
@@ -195,11 +198,12 @@ class Online:
             InputError: it is something else.
         """
         sizes = data.get("hadamard") if isinstance(data, dict) else None
-        known = {"hadamard", "keys", "cache", "prefix"}
+        known = {"hadamard", "rotations", "keys", "cache", "prefix"}
         if (
             not isinstance(sizes, dict)
             or not known <= set(data)
             or not all(type(v) is int for v in sizes.values())
+            or not isinstance(data["rotations"], list)
         ):
             raise InputError("damaged crossbit_online; quantize again")
         cache, prefix = data["cache"], data["prefix"]
@@ -209,6 +213,7 @@ class Online:
             raise InputError("damaged crossbit_online; quantize again") from None
         return cls(
             {str(k): v for k, v in sizes.items()},
+            tuple(map(str, data["rotations"])),
             bool(data["keys"]),
             grid,
             None if prefix is None else PrefixTokens.from_tensors(stored, blocks),
@@ -226,13 +231,20 @@ def _rotate_head(x: Tensor) -> Tensor:
     return apply_hadamard(x)
 
 
-def turn_input(module: nn.Module, transform: InputTransform) -> None:
-    """Apply ``transform`` to what the module reads first."""
+def turn_input(module: nn.Module, transform: InputTransform, *, own: bool = False) -> None:
+    """Apply ``transform`` to what the module reads, after what is applied already.
+
+    Args:
+        module: the layer.
+        transform: of its input.
+        own: it belongs to this layer, and not to what will take its place.
+    """
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (transform(args[0]), *args[1:])
 
-    setattr(module, _MARK, transform)
+    if not own:
+        setattr(module, _MARK, transform)
     module.register_forward_pre_hook(hook)
 
 
