@@ -22,7 +22,7 @@ from crossbit.models.validate import read_config
 from crossbit.output import RESULT_FILE
 from crossbit.pipeline import check_length
 from crossbit.runtime.linear import Execution
-from crossbit.runtime.loader import folder_config, own_dtype
+from crossbit.runtime.loader import folder_config, own_dtype, prefix_length
 
 
 def local_folder(model: str, revision: str | None = None) -> Path:
@@ -89,12 +89,13 @@ def evaluate(
     reporter = Reporter(quiet)
     folder = local_folder(model, revision)
     config: Any = folder_config(folder)
-    check_length(config, length)
+    other = local_folder(against) if against is not None else None
+    for one in (folder, *([] if other is None else [other])):
+        check_length(folder_config(one), length, prefix_length(one))
     tokenizer = open_tokenizer(folder)
     corpus = load_text(text, split="evaluation", tokenizer=tokenizer)
     bos = needs_bos(config)
     ids = evaluation_windows(corpus, tokenizer, length=length, windows=windows, bos=bos)
-    other = local_folder(against) if against is not None else None
     if other is not None and folder_config(other).vocab_size != config.vocab_size:
         raise InputError(f"--against {against}: another vocabulary; the two cannot be compared")
     scores: dict[str, Any] = {}

@@ -126,6 +126,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
         },
         "recipe": run.recipe.model_dump(mode="json"),
         "calibration": run.calibration,
+        "prefix": _prefix(run),
         "size": size,
         "layers": layers,
         "blocks": [
@@ -188,6 +189,14 @@ def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     fixed = {alpha: sum(values) / len(values) for alpha, values in losses.items()}
     return {"chosen": chosen, "fixed": fixed, "searched": sum(best) / len(best)}
+
+
+def _prefix(run: Run) -> dict[str, Any] | None:
+    """The tokens before every text, and what they say."""
+    if run.online.prefix is None:
+        return None
+    tokens = run.online.prefix.ids.tolist()
+    return {"tokens": tokens, "text": run.tokenizer.decode(tokens)}
 
 
 def _parameters(run: Run) -> int:

@@ -240,7 +240,7 @@ def _prepare(
     windows = 0
     settings = recipe.calibration
     if needs_calibration(recipe):
-        check_length(config, settings.length)
+        check_length(config, settings.length, len(recipe.named_prefix))
         corpus = load_text(settings.text, split="calibration", tokenizer=tokenizer)
         ids = calibration_windows(
             corpus,
@@ -364,8 +364,9 @@ def _prefix(prepared: Prepared, directory: WorkDir, config: Prefix) -> PrefixTok
             first = getattr(prepared.config, "bos_token_id", None)
             tokens = tuple(choose_prefix(ids, outliers, first, config))
             del original
-        check_length(prepared.config, prepared.recipe.calibration.length, len(tokens))
-        found = prefix_tokens(opened.shell, opened.weights, list(tokens), prepared.dtype)
+        if prepared.ids is not None:
+            check_length(prepared.config, prepared.ids.shape[1], len(tokens))
+        found = prefix_tokens(opened.shell, opened.weights, tokens, prepared.dtype)
         directory.save_part(PREFIX, found.tensors(), {"tokens": list(tokens)})
     stored = dict(directory.tensors(PREFIX))
     return PrefixTokens.from_tensors(stored, opened.shell.num_blocks)

@@ -85,7 +85,7 @@ def plan(
         companions=companion_bytes(folder.path),
     )
     if described.calibrated:
-        check_length(config, chosen.calibration.length)
+        check_length(config, chosen.calibration.length, len(chosen.named_prefix))
     texts = ["", ""]
     if described.calibrated:
         texts[0] = load_text(chosen.calibration.text, split="calibration", tokenizer=tokenizer).text

@@ -184,7 +184,7 @@ class Prefix(Strict):
     Searched on ``sequences`` of the calibration text unless ``tokens`` names them by their ids.
     """
 
-    tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     ratio: float = Field(64.0, gt=1)
     sequences: int = Field(8, ge=1)
     largest: int = Field(8, ge=1)
@@ -286,6 +286,11 @@ class Recipe(Strict):
     def rotation(self) -> Rotate | None:
         """The rotation among the transforms."""
         return next((t for t in self.transforms if isinstance(t, Rotate)), None)
+
+    @property
+    def named_prefix(self) -> tuple[int, ...]:
+        """Tokens of the prefix as far as they are known before it is searched."""
+        return () if self.prefix is None else self.prefix.tokens or ()
 
     @property
     def online(self) -> bool:

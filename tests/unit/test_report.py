@@ -64,6 +64,7 @@ def full_result() -> dict[str, Any]:
             "ignore": ["lm_head"],
         },
         "calibration": {"name": "calib", "samples": 64, "length": 1024, "seed": 0, "sha256": "ab"},
+        "prefix": {"tokens": [46, 198, 1], "text": ".\n<s>"},
         "size": {
             "file_bytes": 150_000_000,
             "bytes_per_parameter": 1.11,
@@ -185,6 +186,10 @@ class Page(HTMLParser):
             self.words.append(data)
 
 
+def card(result: dict[str, Any]) -> str:
+    return model_card(result, licence=None, base_model="a/b")
+
+
 RENDER: list[tuple[Callable[..., str], Callable[[], dict[str, Any]]]] = [
     (render_report, full_result),
     (render_analysis, full_analysis),
@@ -235,6 +240,18 @@ def test_report_states_the_headline_and_its_conditions() -> None:
         assert words not in page, words
     assert "no difference beyond" not in page
     assert len(re.findall("<svg", render_report(full_result()))) == 3
+
+
+@pytest.mark.parametrize("render", [lambda r: Page(render_report(r)).text, card])
+def test_the_tokens_of_a_prefix_are_told(render: Callable[[dict[str, Any]], str]) -> None:
+    said = render(full_result()).replace("\\", "").replace("&lt;", "<").replace("&gt;", ">")
+    assert "'.n<s>', token ids 46, 198, 1: before every text" in said
+    result = full_result()
+    result["prefix"]["text"] = None
+    assert "token ids 46, 198, 1: before" in render(result)
+    assert "None" not in render(result)
+    result["prefix"] = None
+    assert "before every text" not in render(result)
 
 
 def test_columns_of_cfp_are_shown_where_it_ran() -> None:

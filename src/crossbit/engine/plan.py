@@ -10,7 +10,13 @@ from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
 from crossbit.grid import Grid
 from crossbit.models.experts import is_expert
-from crossbit.models.structure import BlockStructure, InputGroup, LinearInfo, ModelStructure
+from crossbit.models.structure import (
+    BlockStructure,
+    InputGroup,
+    LinearInfo,
+    ModelStructure,
+    RowSource,
+)
 from crossbit.recipe import (
     Activations,
     Gptq,
@@ -130,7 +136,8 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
                 first_solver(solver),
                 rounding,
             )
-        blocks.append(BlockPlan(block, layers))
+        own = block if recipe.prefix is None else _values_fixed(block)
+        blocks.append(BlockPlan(own, layers))
         _check_shared_inputs(block, layers)
     outside = (structure.embedding, structure.head, "embedding", "head", "lm_head")
     for pattern in (*recipe.ignore, *(o.match for o in recipe.overrides)):
@@ -148,6 +155,19 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
     if plan.quantized == 0:
         raise InputError(f"recipe {recipe.name}: every linear layer is ignored; nothing to do")
     return plan
+
+
+def _values_fixed(block: BlockStructure) -> BlockStructure:
+    """The block where no factor may be folded into the values: a prefix has its own already."""
+    reason = "it is made of values, and those of the prefix do not take the factor"
+    groups = [
+        replace(group, source=None, reason=reason)
+        if isinstance(group.source, RowSource)
+        and any(block.linears[name].role == "o_proj" for name in group.consumers)
+        else group
+        for group in block.groups
+    ]
+    return replace(block, groups=groups)
 
 
 def _outside_grid(

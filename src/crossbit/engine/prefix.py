@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,20 +77,43 @@ def choose_prefix(ids: Tensor, outliers: Tensor, first: int | None, config: Pref
         ids: int64 [S, L].
         outliers: bool [S, L]. What stands first in a sequence is one whatever it is, and not
             counted.
-        first: the token that begins a text, None if the model has none.
+        first: the token that begins a text, None if the model has none. It stands last, and
+            nowhere else.
         config: ``largest`` limits the length.
     """
     later = outliers[:, 1:]
     mean = float(later.sum(1).float().mean())
-    counts = Counter(ids[:, 1:][later].tolist())
+    counts = Counter(t for t in ids[:, 1:][later].tolist() if t != first)
     wanted = min(math.ceil(mean), config.largest - (first is not None))
     frequent = sorted(counts, key=lambda token: (-counts[token], token))[: max(0, wanted)]
     return [*frequent, *([] if first is None else [first])]
 
 
+def check_tokens(tokens: Sequence[int], config: Any) -> None:
+    """Refuse a prefix that the model of ``config`` cannot take.
+
+    Raises:
+        InputError: no token, one without an embedding, or more than the model has positions.
+    """
+    if not tokens:
+        raise InputError("prefix: the text has no outlier token and the model no BOS; name tokens")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and len(tokens) >= limit:
+        raise InputError(
+            f"prefix: {len(tokens)} tokens leave none of the model's {limit} positions; "
+            "give fewer tokens"
+        )
+    outside = [token for token in tokens if not 0 <= token < config.vocab_size]
+    if outside:
+        raise InputError(
+            f"prefix: token {outside[0]} is outside the vocabulary of {config.vocab_size}; "
+            "give other tokens"
+        )
+
+
 @torch.no_grad()
 def prefix_tokens(
-    shell: Shell, weights: Weights, tokens: list[int], dtype: torch.dtype
+    shell: Shell, weights: Weights, tokens: Sequence[int], dtype: torch.dtype
 ) -> PrefixTokens:
     """Keys and values of the prefix in every block of a model without any quantization.
 
@@ -100,21 +124,10 @@ def prefix_tokens(
         dtype: of computation.
 
     Raises:
-        InputError: no token, one without an embedding, or more than the model has positions.
+        InputError: the model cannot take it.
     """
-    limit = getattr(shell.config, "max_position_embeddings", None)
-    if not tokens:
-        raise InputError("prefix: the text has no outlier token and the model no BOS; name tokens")
-    if limit is not None and len(tokens) >= limit:
-        raise InputError(
-            f"prefix: {len(tokens)} tokens leave none of the model's {limit} positions; "
-            "give fewer tokens"
-        )
-    if max(tokens) >= shell.config.vocab_size or min(tokens) < 0:
-        raise InputError(
-            f"prefix: token {max(tokens)} is outside the vocabulary of {shell.config.vocab_size}"
-        )
-    hidden = shell.embed(torch.tensor([tokens]))
+    check_tokens(tokens, shell.config)
+    hidden = shell.embed(torch.tensor([list(tokens)]))
     kwargs = shell.block_kwargs(len(tokens), dtype)
     keys, values = [], []
     for index in range(shell.num_blocks):

@@ -12,6 +12,7 @@ from typing import Any
 from crossbit.activations.kv import KVGrid
 from crossbit.compat import check_model
 from crossbit.engine.plan import ModelPlan, make_plan
+from crossbit.engine.prefix import check_tokens
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
@@ -75,6 +76,8 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
         weights = RotatedCheckpoint(files, shell, planned)
     shell.structure = _without_folds(shell.structure, online)
     check_model(recipe, shell.structure)
+    if recipe.named_prefix:
+        check_tokens(recipe.named_prefix, config)
     width = int(shell.model.get_submodule(shell.structure.embedding).embedding_dim)
     plan = make_plan(shell.structure, recipe, width)
     online.dress(shell)

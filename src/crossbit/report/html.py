@@ -237,6 +237,17 @@ def activation_words(activations: Result) -> str:
     return f"{bits:.0f}-bit integers, {_ACTIVATIONS.get(kind, kind or 'kind not stated')}"
 
 
+def prefix_words(result: Result) -> str | None:
+    """The tokens before every text, as they read and by number; None if there are none."""
+    tokens, said = get(result, "prefix.tokens"), get(result, "prefix.text")
+    if not isinstance(tokens, list) or not tokens:
+        return None
+    # As a literal: such tokens often are line breaks and blanks.
+    words = f"{said!r}, " if isinstance(said, str) else ""
+    ids = ", ".join(map(str, tokens))
+    return f"{words}token ids {ids}: before every text, keys and values in floating point"
+
+
 def _what_was_done(result: Result) -> list[tuple[str, str]]:
     recipe = mapping(result, "recipe")
     facts: list[tuple[str, str | None]] = []
@@ -248,6 +259,7 @@ def _what_was_done(result: Result) -> list[tuple[str, str]]:
             ("Weights", grid_words(mapping(recipe, "weights"))),
             ("Solver", text(recipe, "solver.kind")),
             ("Activations", activation_words(mapping(recipe, "activations"))),
+            ("Prefix", prefix_words(result)),
             ("Transforms", ", ".join(transforms) or "none"),
             (
                 "Embedding",

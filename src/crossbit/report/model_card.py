@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from crossbit.report import values
-from crossbit.report.html import activation_words, grid_words
+from crossbit.report.html import activation_words, grid_words, prefix_words
 from crossbit.report.values import Result, finite, get, mapping, number, rows, text
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -121,6 +121,7 @@ def _done(result: Result) -> list[tuple[str, str]]:
             ("Weights", grid_words(mapping(recipe, "weights"))),
             ("Solver", text(recipe, "solver.kind")),
             ("Activations", activation_words(mapping(recipe, "activations"))),
+            ("Prefix", prefix_words(result)),
             ("Transforms", ", ".join(transforms) or "none"),
             (
                 "Embedding",

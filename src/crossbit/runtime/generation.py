@@ -14,7 +14,7 @@ from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.quiet import quiet_transformers
 from crossbit.models.validate import read_config, weight_layout
-from crossbit.runtime.loader import folder_config, load_model
+from crossbit.runtime.loader import folder_config, load_model, prefix_length
 
 
 def generate_text(
@@ -45,9 +45,10 @@ def generate_text(
         ids = torch.cat((torch.tensor([[tokenizer.bos_token_id]]), ids), dim=1)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None:
+        limit -= prefix_length(folder)
         if ids.shape[1] >= limit:
             raise InputError(
-                f"the prompt has {ids.shape[1]} tokens and the model {limit} positions; "
+                f"the prompt has {ids.shape[1]} tokens and the model has positions for {limit}; "
                 "give a shorter prompt"
             )
         tokens = min(tokens, limit - ids.shape[1])

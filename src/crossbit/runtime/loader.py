@@ -149,6 +149,12 @@ def open_blocks(
     return BlockSource(shell, Checkpoint(folder), dtype)
 
 
+def prefix_length(folder: Path) -> int:
+    """Tokens that a folder puts before every text; 0 for a plain one."""
+    found = online_content(folder).get("prefix")
+    return len(found) if isinstance(found, list) else 0
+
+
 def folder_config(folder: Path) -> Any:
     """The transformers config of a folder; that of the model inside where only crossbit runs it."""
     if not is_research(read_config(folder)):
