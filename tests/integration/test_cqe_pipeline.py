@@ -50,7 +50,7 @@ EXPANDED = recipe(
 TURN = [{"kind": "smooth", "strength": 0.6}, {"kind": "duquant", "block": 16, "steps": 8}]
 DUQUANT: dict[str, Any] = {"activations": A4, "transforms": TURN, **FLOAT_ENDS}
 TURNED = custom(**DUQUANT, solver={"kind": "gptq"})
-TURNED_AND_TRAINED = recipe(**DUQUANT, objective={"window": 2, "overlap": 1})
+TURNED_AND_TRAINED = recipe(**DUQUANT, cache={"bits": 8}, objective={"window": 2, "overlap": 1})
 KEYS = {"kind": "rotate", "residual": False, "heads": False, "keys": True}
 
 
@@ -495,15 +495,20 @@ def test_the_original_is_not_rounded(
     data: dict[str, Any] = {"solver": {"kind": "gptq"}}
     if rounding == "trained":
         data = {
+            "transforms": [KEYS],  # which belong to the original too
             "solver": {"kind": "rounding"},
             "objective": {"window": 2, "overlap": 1, "ahead": [1, 1]},
             "training": {"epochs": 1},
         }
+    before: list[float] = []
     for number, cache in enumerate((None, {"bits": 2})):
         targets.append({})
         streams.append({})
         chosen = cached(cache, **data, evaluation={"windows": 0})
-        run(llama, text, tmp_path / str(number), chosen, settings=())
+        result = run(llama, text, tmp_path / str(number), chosen, settings=())
+        before += [record["before"] for record in result["training"][:1]]
+    if before:  # blocks in training round theirs
+        assert before[1] > 2 * before[0]
     assert targets[0].keys() == targets[1].keys()
     assert len(targets[0]) == (1 if rounding == "gptq" else 1 + BLOCKS)
     for name, tensor in targets[0].items():

@@ -383,6 +383,10 @@ def test_an_installed_block_turns_each_input_once(family: str, products: list[to
         with torch.no_grad():
             outputs.append(run_block(opened.module, hidden, kwargs_of(job, 0)))
         assert len(products) == 4
+    # In the place of quantized layers, too.
+    install(opened.module, structure, opened.layers, job.dtype, "fake")
+    with torch.no_grad():
+        assert torch.equal(run_block(opened.module, hidden, kwargs_of(job, 0)), outputs[-1])
     wanted = run_block(float_block(job, 0), hidden, kwargs_of(job, 0))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[1], outputs[2])
