@@ -85,11 +85,18 @@ OURS: dict[str, _Methods] = {
         "rtn": ("rtn-w4a8-g64", _A4),
         "crossquant": ("crossquant-w4a8-g64", _A4),
         "cbq": ("cbq-w4a4", ()),
+        "quarot": ("quarot-w4a4", ()),
+        "duquant": ("duquant-w4a4", ("training.epochs=4",)),
+        "best-plain": ("best-w4a4-plain", ()),
+        "best": ("best-w4a4", ()),
     },
     "w4a4": {
         "rtn": ("rtn-w4a4", ()),
         "crossquant": ("crossquant-w4a4-channel", ()),
         "cbq": ("cbq-w4a4-channel", ()),
+        "quarot": ("quarot-w4a4-channel", ()),
+        "duquant": ("duquant-w4a4-channel", ("training.epochs=4",)),
+        "best": ("best-w4a4-channel", ()),
     },
 }
 _PEERS_WEIGHTS = ("llmcompressor-gptq", "llmcompressor-awq", "autoround")

@@ -72,7 +72,7 @@ class Training(Strict):
     rounding: float = Field(1e-2, gt=0)
     step: float = Field(1e-3, ge=0)
     range: float = Field(1e-2, ge=0)
-    expansion: float = Field(1e-3, ge=0)
+    expansion: float = Field(1e-2, ge=0)
     let: float = Field(5e-3, ge=0)
     clip: float = Field(1e-3, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -90,7 +90,7 @@ class EndToEnd(Training):
     rounding: float = Field(1e-3, gt=0)
     step: float = Field(1e-4, ge=0)
     range: float = Field(1e-3, ge=0)
-    expansion: float = Field(1e-4, ge=0)
+    expansion: float = Field(1e-3, ge=0)
     let: float = Field(5e-4, ge=0)
     clip: float = Field(1e-4, ge=0)
     temperature: float = Field(1.0, gt=0)
