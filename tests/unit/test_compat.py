@@ -342,7 +342,7 @@ CASES += [
         [{"transforms": [{"kind": "rotate", "residual": False}]}, {}],
     ),
     (
-        16,
+        23,
         {"solver": {**ROUNDING, **NOTHING}},
         ("low_rank", "steps true", "expansion"),
         [
@@ -351,7 +351,7 @@ CASES += [
         ],
     ),
     (
-        16,
+        23,
         {"overrides": [{"match": "down_proj", "solver": {**ROUNDING, **NOTHING}}]},
         ("parameter full",),
         [{"overrides": [{"match": "down_proj", "solver": GPTQ}]}],
