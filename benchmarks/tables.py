@@ -6,10 +6,12 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation import ROWS as ABLATION
+from benchmarks.cqe import ROWS as CQE
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 HERE = Path(__file__).parent
@@ -136,26 +138,26 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
     found = [r for name, r in results.items() if name.startswith("low-bits-")]
     if not found:
         return []
-    sizes = sorted({(r["samples"], r["length"], r["windows"]) for r in found})
-    budget = ", ".join(f"{s} x {n} tokens and {w} windows" for s, n, w in sizes)
+    windows = ", ".join(str(n) for n in sorted({r["windows"] for r in found}))
     lines = [
         "### Low bits against peers",
         "",
         "SmolLM2-135M-Instruct, the blocks' linear layers alone (embedding and head in bf16 on",
-        f"every side); calibration on the embedded Wikipedia text, {budget} of 2048 of the",
-        "WikiText-2 raw test (`python -m benchmarks.low_bits`, the whole command in each result);",
+        f"every side); calibration on the embedded Wikipedia text; {windows} windows of 2048 of",
+        "the WikiText-2 raw test (`python -m benchmarks.low_bits`, whole commands in the results);",
         "exported integers; groups of 64 unless the setting says per channel. Seconds of a row are",
         "indicative where its result has a `load_before` above 0.3.",
         "Inputs are quantized per token. AutoRound's own input grid (signed step, row maximum on",
         "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
         "compressed-tensors, which all the others use. Bits count codes, scales and zero points.",
         "",
-        "| setting | method | perplexity | loss | +- | bits a weight | quantize s | peak MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | method | tokens | perplexity | loss | +- | bits a weight | seconds | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     order = {setting: place for place, setting in enumerate(LOW_BITS)}
     for row in sorted(found, key=lambda r: (order[r["setting"]], r.get("loss", float("inf")))):
-        head = f"| {LOW_BITS[row['setting']]} | {row['method']} |"
+        budget = f"{row['samples']} x {row['length']}"
+        head = f"| {LOW_BITS[row['setting']]} | {row['method']} | {budget} |"
         if "failed" in row:
             message = row["failed"].replace("|", "/")
             lines.append(f"{head} failed: {message} | | | | | |")
@@ -169,35 +171,80 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What each part of CBQ is worth, every seed that was run."""
-    found = [r for name, r in results.items() if name.startswith("ablation-")]
-    original = next((r for k, r in results.items() if k == "demo-original-40"), None)
+def parts(
+    results: dict[str, dict[str, Any]], table: str, rows: Iterable[str], heading: list[str]
+) -> list[str]:
+    """A table of ``benchmarks.rows``: every seed that was run, the rows in their order."""
+    found = [r for name, r in results.items() if name.startswith(f"{table}-") and "row" in r]
+    original = results.get("demo-original-40")
     if not found or original is None:
         return []
-    rows: dict[str, list[dict[str, Any]]] = {}
+    known: dict[str, list[dict[str, Any]]] = {}
     for row in found:
-        rows.setdefault(row["row"], []).append(row)
+        known.setdefault(row["row"], []).append(row)
     lines = [
+        *heading,
+        "",
+        "| row | kind | loss, each seed | +- | windows kept as they were | quantize s | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in [name for name in rows if name in known]:
+        runs = sorted(known[name], key=lambda r: r["seed"])
+        paired = [paired_loss(r["losses"], original["losses"]) for r in runs]
+        peak = max(r["peak_rss"] for r in runs) / 1e6
+        kept = [sum(not w["after"] < w["before"] for w in r["windows"]) for r in runs]
+        lines.append(
+            f"| {name} | {runs[0].get('kind', 'plain')} | "
+            f"{', '.join(f'{100 * p.value:+.2f} %' for p in paired)} | "
+            f"{100 * max(p.stderr for p in paired):.2f} | {', '.join(map(str, kept))} | "
+            f"{max(r['seconds'] for r in runs):.0f} | {peak:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What each part of CBQ is worth."""
+    heading = [
         "### Parts of CBQ",
         "",
         "SmolLM2-135M-Instruct, W4A16 in groups of 64, embedding and head in bf16, 32 x 512 tokens",
         "of the embedded text, 3 epochs; WikiText-2 raw test, 40 windows of 2048, exported",
         "integers (`python -m benchmarks.ablation`). A row that is not listed was not run.",
-        "",
-        "| row | loss, each seed | +- | windows kept as they were | quantize s | peak MB |",
-        "|---|---|---|---|---|---|",
     ]
-    for name in [name for name in ABLATION if name in rows]:
-        runs = sorted(rows[name], key=lambda r: r["seed"])
-        paired = [paired_loss(r["losses"], original["losses"]) for r in runs]
-        peak = max(r["peak_rss"] for r in runs) / 1e6
-        kept = [sum(not w["after"] < w["before"] for w in r["windows"]) for r in runs]
-        lines.append(
-            f"| {name} | {', '.join(f'{100 * p.value:+.2f} %' for p in paired)} | "
-            f"{100 * max(p.stderr for p in paired):.2f} | {', '.join(map(str, kept))} | "
-            f"{max(r['seconds'] for r in runs):.0f} | {peak:.0f} |"
-        )
+    return parts(results, "ablation", ABLATION, heading)
+
+
+def cqe(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What CQE+ adds to its bases, and each of its parts."""
+    heading = [
+        "### What CQE+ adds",
+        "",
+        "SmolLM2-135M-Instruct, embedding and head in bf16, 64 x 512 tokens of the embedded text,",
+        "4 epochs; WikiText-2 raw test, 40 windows of 2048, stored integers (`python -m",
+        "benchmarks.cqe`). Rows of kind online run in crossbit's own loader. A row that is not",
+        "listed was not run; seconds are indicative, as the machine was not always idle.",
+    ]
+    return parts(results, "cqe", CQE, heading)
+
+
+def cqe_cost(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What CQE+ costs a training step."""
+    found = results.get("cqe-cost")
+    if found is None:
+        return []
+    lines = [
+        "### Cost of CQE+",
+        "",
+        "SmolLM2-135M-Instruct, 4 x 1024 tokens, two blocks in training (one with the look-ahead),",
+        f"median of paired rounds (`{found['conditions']['command']}`).",
+        "",
+        "| part | s | against a step without |",
+        "|---|---|---|",
+    ]
+    for name in (k for k in found if k != "conditions"):
+        row = found[name]
+        ratio = f"{row['ratio']:.2f}x" if "ratio" in row else f"{row['layers']} layers, once"
+        lines.append(f"| {name} | {row['seconds']:.3f} | {ratio} |")
     return [*lines, ""]
 
 
@@ -355,7 +402,9 @@ def main() -> None:
         *peer(results),
         *low_bits(results),
         *ablation(results),
+        *cqe(results),
         *training_step(results),
+        *cqe_cost(results),
         *cost(results),
     ]
     more = [

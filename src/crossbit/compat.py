@@ -398,6 +398,14 @@ def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
         notes.append(
             "objective and training change nothing: no layer has a solver of kind rounding"
         )
+    if any(
+        isinstance(s, TrainedRounding) and s.limits == "range" and isinstance(s.start, Gptq)
+        for _, _, s in _combinations(recipe)
+    ):
+        notes.append(
+            "limits range begins at the range of each group, where GPTQ's codes are lost; start "
+            "{kind: rtn} comes to the same in less time"
+        )
     if any(g.bits not in (4, 8) for g in _grids(recipe)):
         notes.append(
             "weights of 2, 3, 5, 6 or 7 bits need compressed-tensors 0.20 or newer to load, and "
