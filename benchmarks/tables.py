@@ -151,7 +151,7 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
         "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
         "compressed-tensors, which all the others use. Bits count codes, scales and zero points.",
         "",
-        "| setting | method | tokens | perplexity | loss | +- | bits a weight | seconds | peak MB |",
+        "| setting | method | tokens | perplexity | loss | +- | bits a weight | s | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     order = {setting: place for place, setting in enumerate(LOW_BITS)}
