@@ -17,10 +17,11 @@ from crossbit.engine.plan import make_plan
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import InputError
 from crossbit.estimate import verdict
+from crossbit.estimate.describe import describe, with_recipe
 from crossbit.estimate.disk import disk, outside, packed, part, stream_bytes, trained
 from crossbit.estimate.machine import available_disk, available_memory, held_memory
 from crossbit.estimate.memory import STAGES, peak_by_stage
-from crossbit.estimate.shapes import Description, describe, with_recipe
+from crossbit.estimate.shapes import Description
 from crossbit.estimate.verdict import Room, advice, changed, changes, estimate, refuse
 from crossbit.estimate.work import KINDS, operations, seconds
 from crossbit.models.shell import Shell
