@@ -14,6 +14,7 @@ from tests.tiny import BLOCKS, FAMILIES, tiny_config, tiny_folder
 
 from crossbit.engine.closing import close_block
 from crossbit.engine.plan import make_plan
+from crossbit.engine.window import train
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import InputError
 from crossbit.estimate import verdict
@@ -21,9 +22,10 @@ from crossbit.estimate.describe import describe, with_recipe
 from crossbit.estimate.disk import disk, outside, packed, part, stream_bytes, trained
 from crossbit.estimate.machine import available_disk, available_memory, held_memory
 from crossbit.estimate.memory import STAGES, peak_by_stage
+from crossbit.estimate.memory_training import saved, training_tokens
 from crossbit.estimate.shapes import Description
 from crossbit.estimate.verdict import Room, advice, changed, changes, estimate, refuse
-from crossbit.estimate.work import KINDS, operations, seconds
+from crossbit.estimate.work import KINDS, flops, operations, seconds
 from crossbit.models.shell import Shell
 from crossbit.recipe import Recipe
 
@@ -138,6 +140,49 @@ def test_moving_along_singular_directions_takes_more(name: str) -> None:
     # Tuning all blocks counts it too.
     tuned = [description(recipe_of(*s, *TUNED)) for s in (still, settings)]
     assert peak_by_stage(tuned[1])["end to end"] > peak_by_stage(tuned[0])["end to end"]
+
+
+def test_looking_ahead_takes_blocks_streams_and_passes() -> None:
+    """Of two original blocks behind each window of one: held, run, and their targets made."""
+    alone = ("objective.window=1", "objective.overlap=0", "calibration.samples=8")
+    one, two, far = (
+        description(recipe_of(*alone, f"objective.ahead={ahead}"))
+        for ahead in ("[1]", "[1,0,1]", "[1,0,0,0,0,0,0,0,1]")
+    )
+    count = len(one.blocks)
+    assert [len(two.ahead(w)) for w in two.schedule] == [2] * (count - 2) + [1, 0]
+    assert [len(far.ahead(w)) for w in far.schedule] == [*range(count - 1, -1, -1)]
+    held = 4 * sum(b.parameters for b in two.blocks[1:3])
+    graph = peak_by_stage(two)["train"] - peak_by_stage(one)["train"] - held
+    tokens = training_tokens(two, two.recipe.training)
+    # What frozen blocks keep for gradients is less than what those in training keep.
+    assert 0 < graph < 2 * tokens * (saved(two, two.blocks[1]) + 12 * two.width)
+    assert saved(two, two.blocks[1], frozen=True) < saved(two, two.blocks[1])
+    assert 0 < disk(two).work - disk(one).work <= 2 * stream_bytes(two, 8)
+    assert disk(far).work > disk(two).work
+    before, after = (operations(d) for d in (one, two))
+    passed = [b for w in two.schedule for b in two.ahead(w)]
+    loaded = after["train"]["load"] - before["train"].get("load", 0)
+    assert loaded == 2 * sum(b.parameters for b in passed)
+    # All sequences once for the target; of an epoch forward and back, and twice to judge.
+    epochs, fitting = two.recipe.training.epochs, two.samples - two.held
+    sequences = two.samples + 2 * epochs * fitting + (epochs + 1) * two.held
+    forward = after["train"]["forward"] - before["train"]["forward"]
+    assert forward == pytest.approx(sequences * two.length * sum(map(flops, passed)))
+    assert {k: v for k, v in after.items() if k != "train"} == {
+        k: v for k, v in before.items() if k != "train"
+    }
+
+
+def test_looking_less_far_is_proposed_where_it_would_fit() -> None:
+    small = ("training.batch=1", "solver.parameter=low_rank", "calibration.length=128")
+    d = description(recipe_of(*small, "objective.ahead=[1,0,0,1]"))
+    d = replace(d, verify_length=1, windows=0)
+    one = with_recipe(d, changed(d.recipe, {"objective": {"ahead": [1.0]}}))
+    assert one.ahead(one.schedule[0]) == ()
+    option = advice(d, room(work=estimate(one, held=0).disk.work), 0)
+    assert option == '--set "objective.ahead=[1]"'
+    assert Recipe.load(d.recipe, ["objective.ahead=[1]"]) == one.recipe
 
 
 def test_ranges_are_two_numbers_where_a_step_is_one() -> None:
@@ -328,6 +373,36 @@ def test_states_for_tuning_are_those_of_a_run(
     assert [sizes[name] for name in ends] == [stream_bytes(d, 4)] * 3
     # All of it is still there when the result is put together.
     assert disk(d).work > sum(sizes[name] for name in (*opened, *ends)) + states["refined"]
+
+
+@pytest.mark.parametrize("ahead", ["[1]", "[1,1]", "[0,1,1]", "[1,0,0,1]"])
+def test_targets_ahead_are_those_of_a_run(
+    ahead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    model = tiny_folder(tmp_path / "model", "llama")
+    text = write_text(tmp_path / "text.txt", 1)
+    found: list[dict[str, int]] = []
+    frozen: list[int] = []
+
+    def watched(work: WorkDir, window: Any, task: Any, *args: Any) -> Any:
+        found.append({p.stem: p.stat().st_size for p in work.path.glob("*.safetensors")})
+        frozen.append(len(task.ahead))
+        return train(work, window, task, *args)
+
+    monkeypatch.setattr("crossbit.engine.window.train", watched)
+    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1")
+    recipe = recipe_of(
+        *settings, "objective.window=1", "objective.overlap=0", f"objective.ahead={ahead}"
+    )
+    run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
+    d = description(recipe, large=False)
+    assert len(found) == BLOCKS
+    assert frozen == [len(d.ahead(window)) for window in d.schedule]
+    for sizes, window in zip(found, d.schedule, strict=True):
+        streams = {name: size for name, size in sizes.items() if name.startswith("ahead-")}
+        assert list(streams.values()) == [stream_bytes(d, 4)] * len(d.ahead(window))
+        assert disk(d).work >= sum(sizes.values())
 
 
 # -- whether it fits ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from crossbit.engine.fit import Task
 from crossbit.engine.logits import TOKENS
@@ -66,20 +66,40 @@ def live_beside(d: Description) -> float:
     )
 
 
-def saved(d: Description, block: BlockShape) -> float:
-    """Bytes a token that a block keeps for its gradient."""
+def saved(d: Description, block: BlockShape, *, frozen: bool = False) -> float:
+    """Bytes a token that a block keeps for its gradient.
+
+    Args:
+        d: the run.
+        block: the block.
+        frozen: it only passes gradients on: what its linear layers read is not needed for that,
+            except what attention made, which attention itself keeps.
+    """
     total = 2.0 * 2 * FLOAT * d.width  # two norms: float32 input and normalised value
     quantized = any(layer.input_bits for layer in block.layers)
     for g in block.groups:
         # What linear layers read; beside the unrounded input, where it is quantized.
-        total += g.share * d.itemsize * g.columns * (2 if quantized and g.norm else 1)
+        if not frozen:
+            total += g.share * d.itemsize * g.columns * (2 if quantized and g.norm else 1)
         if g.norm:
             # Their outputs, and once more what the nonlinearity or the rotation makes of them.
             made = sum(layer.rows for layer in g.layers)
             total += g.share * d.itemsize * 1.5 * made
+    if frozen:
+        total += d.itemsize * d.heads * d.head_width
     if d.eager:
         total += d.heads * d.length * (FLOAT + 2 * d.itemsize)
     return total
+
+
+def _looking(d: Description, blocks: Sequence[BlockShape], tokens: int) -> tuple[float, float]:
+    """Original blocks behind a window, held while it trains; what a step keeps of them.
+
+    What leaves each, with its target and the gradient there, is kept too.
+    """
+    held = float(d.itemsize * sum(block.parameters for block in blocks))
+    graph = tokens * sum(saved(d, block, frozen=True) for block in blocks)
+    return held, graph + 3 * d.itemsize * tokens * d.width * len(blocks)
 
 
 def training_tokens(d: Description, training: Training) -> int:
@@ -100,13 +120,15 @@ def training(d: Description) -> float:
     tokens, worst = training_tokens(d, d.recipe.training), 0.0
     for window in d.schedule:
         blocks = [d.blocks[i] for i in window.blocks]
+        ahead = d.ahead(window)
+        held, looking = _looking(d, ahead, tokens)
         alive = sum(_live(d, b) for b in blocks)
         layers = [layer for b in blocks for layer in b.planned]
         # Materialised weights and their gradients; Adam's two moments.
         weights = d.itemsize * sum(layer.weights * 2 for layer in layers)
         moments = 2 * FLOAT * sum(layer.parameters + layer.limits for layer in layers)
-        graph = tokens * sum(saved(d, b) for b in blocks)
-        widest = max(forward(d, b, tokens, d.length, d.itemsize) for b in blocks)
+        graph = looking + tokens * sum(saved(d, b) for b in blocks)
+        widest = max(forward(d, b, tokens, d.length, d.itemsize) for b in (*blocks, *ahead))
         pulled = _pulled(layers)
         logits = 0.0
         if d.recipe.objective.logits and window.stop == len(d.blocks):
@@ -114,7 +136,7 @@ def training(d: Description) -> float:
             logits = d.itemsize * (d.outside_weights + 2 * tokens * d.width)
             logits += _logits(d, gradient=True)
         step = weights + _moved(layers) + moments + max(graph + widest + logits, pulled)
-        worst = max(worst, alive + max([step, *map(_decomposed, layers)]))
+        worst = max(worst, alive + max([held + step, *map(_decomposed, layers)]))
     return worst
 
 

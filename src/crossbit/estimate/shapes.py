@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from crossbit.engine.plan import choice_of
+from crossbit.objective import terms_ahead
 from crossbit.recipe import (
     Activations,
     EndToEnd,
@@ -275,6 +276,12 @@ class Description:
             expand=objective.expand,
             largest=objective.largest,
         )
+
+    def ahead(self, window: Window) -> tuple[BlockShape, ...]:
+        """The original blocks behind a window that its output goes through in training."""
+        left = len(self.blocks) - window.stop
+        terms = terms_ahead(self.recipe.objective.ahead, left)
+        return self.blocks[window.stop : window.stop + len(terms) - 1]
 
 
 def wants_ranges(recipe: Recipe) -> bool:

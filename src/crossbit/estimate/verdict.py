@@ -162,6 +162,8 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, Change]]:
         solver = recipe.solver
         if isinstance(solver, TrainedRounding) and solver.parameter == "full":
             yield "--set solver.parameter=low_rank", {"solver": {"parameter": "low_rank"}}
+        if len(recipe.objective.ahead) > 1:
+            yield '--set "objective.ahead=[1]"', {"objective": {"ahead": [1.0]}}
         while window > 1 and recipe.objective.largest is None:
             window -= 1
             overlap = min(recipe.objective.overlap, window - 1)

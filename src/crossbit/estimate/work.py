@@ -146,6 +146,15 @@ def _pass(
     work["attention"] += tokens * attention(d, length) * (1 + backward)
 
 
+def _through(
+    work: defaultdict[str, float], d: Description, block: BlockShape, sequences: int
+) -> None:
+    """Sequences through a frozen block, and gradients back through it to its input."""
+    tokens = float(sequences) * d.length
+    work["forward"] += 2 * tokens * flops(block)
+    work["attention"] += tokens * attention(d, d.length) * (1 + ATTENTION_BACKWARD)
+
+
 def _kind(block: BlockShape) -> str:
     return "quantized" if any(layer.input_bits for layer in block.layers) else "forward"
 
@@ -311,6 +320,12 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
                     work["pull"] += steps * layer.weights
                     work["adam"] += steps * (layer.parameters + layer.limits)
                     work["write"] += (training.epochs + 1) * 4 * layer.parameters
+        for block in d.ahead(window):
+            work["load"] += 2 * block.parameters  # the target's; the one that is held
+            _pass(work, "forward", d, block, d.samples, d.length)
+            work["write"] += stream
+            _pass(work, "forward", d, block, (training.epochs + 1) * d.held, d.length)
+            _through(work, d, block, training.epochs * fitting)
         if d.recipe.objective.logits and window.stop == len(d.blocks):
             work["load"] += d.outside_weights
             _divergence(d, work, training.epochs * fitting, training.epochs + 1)
