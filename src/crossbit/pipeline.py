@@ -69,6 +69,7 @@ class Prepared:
             windows=self.windows,
             source_bytes=self.model.files.nbytes,
             companions=companion_bytes(self.folder.path),
+            rotation=self.model.rotation,
         )
 
 

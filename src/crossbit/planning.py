@@ -83,6 +83,7 @@ def plan(
         dtype,
         source_bytes=weights.nbytes,
         companions=companion_bytes(folder.path),
+        rotation=opened_model.rotation,
     )
     if described.calibrated:
         check_length(config, chosen.calibration.length, len(chosen.named_prefix))

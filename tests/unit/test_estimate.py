@@ -22,12 +22,14 @@ from crossbit.estimate.describe import describe, with_recipe
 from crossbit.estimate.disk import disk, outside, packed, part, stream_bytes, trained
 from crossbit.estimate.machine import available_disk, available_memory, held_memory
 from crossbit.estimate.memory import STAGES, peak_by_stage
+from crossbit.estimate.memory_blocks import forward, loading
 from crossbit.estimate.memory_training import saved, training_tokens
 from crossbit.estimate.shapes import Description
 from crossbit.estimate.verdict import Room, advice, changed, changes, estimate, refuse
 from crossbit.estimate.work import KINDS, flops, operations, seconds
 from crossbit.models.shell import Shell
 from crossbit.recipe import Recipe
+from crossbit.transforms.rotation import plan_rotation
 
 MIB = 1 << 20
 TRAINED: dict[str, Any] = {
@@ -43,6 +45,15 @@ MOVES: dict[str, tuple[str, ...]] = {
     "square": ("solver.expansion={kind: square, width: 9}", "solver.parameter=low_rank"),
     "rank": ("solver.expansion={kind: full, rank: 7}",),
 }
+# Rotations of inputs that layers keep with them, one for all blocks of channels or one for each.
+TURNS: dict[str, tuple[str, ...]] = {
+    name: (
+        "activations={bits: 8, kind: per_token}",
+        f"transforms=[{{kind: duquant, block: 16, steps: 2, shared: {shared}}}]",
+    )
+    for name, shared in (("shared", "true"), ("each", "false"))
+}
+ROTATED = "transforms=[{kind: rotate}]"
 RATES = dict.fromkeys(KINDS, 1e-9)
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 2048}
 
@@ -61,7 +72,8 @@ def description(recipe: Recipe, family: str = "llama", *, large: bool = True) ->
     shell = Shell(config)
     width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
     plan = make_plan(shell.structure, recipe, int(width))
-    return describe(shell, plan, recipe, torch.float32)
+    rotation = None if recipe.rotation is None else plan_rotation(shell, recipe.rotation)
+    return describe(shell, plan, recipe, torch.float32, rotation=rotation)
 
 
 def peak(recipe: Recipe, *settings: str) -> float:
@@ -183,6 +195,78 @@ def test_looking_less_far_is_proposed_where_it_would_fit() -> None:
     option = advice(d, room(work=estimate(one, held=0).disk.work), 0)
     assert option == '--set "objective.ahead=[1]"'
     assert Recipe.load(d.recipe, ["objective.ahead=[1]"]) == one.recipe
+
+
+def test_rotated_tensors_are_made_in_float64_each_time_that_they_are_read() -> None:
+    plain, turned = (description(recipe_of(*s, base="rtn-w4a16")) for s in ((), (ROTATED,)))
+    block = turned.blocks[0]
+    # The residual stream turns all of them, heads turn what v gives and what o reads.
+    by_head = [x for x in block.layers if x.by_head]
+    assert sorted(x.turns for x in block.layers) == [1] * 5 + [2] * 2
+    assert len(by_head) == 2
+    assert block.turned == block.weights + sum(x.weights for x in by_head)
+    assert plain.blocks[0].turned == 0
+    assert loading(block, 4) == 4 * block.parameters + 12 * block.largest
+    assert loading(plain.blocks[0], 4) == 4 * block.parameters
+    assert peak_by_stage(turned)["open"] > peak_by_stage(plain)["open"]
+    before, after = (operations(d) for d in (plain, turned))
+    assert after["open"].pop("rotate") == sum(b.turned for b in turned.blocks)
+    ends = turned.embedding.weights + (turned.head.weights if turned.head else 0)
+    assert after["head"].pop("rotate") == 2 * ends
+    assert after == before
+
+
+def test_the_untied_head_of_a_rotated_model_is_one_matrix_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    model = tiny_folder(tmp_path / "model", "llama", tied=True)
+    text = write_text(tmp_path / "text.txt", 1)
+    found: list[Description] = []
+    monkeypatch.setattr("crossbit.pipeline.refuse", lambda d, *_, **__: found.append(d))
+    settings = ("evaluation.windows=0", "weights.group=32")
+    for name, more in (("plain", ()), ("turned", (ROTATED,))):
+        out = tmp_path / name
+        run(model, text, out, "rtn-w4a16", settings=(*settings, *more))
+        found_size = (out / "model.safetensors").stat().st_size
+        stored = outside(found[-1]) + sum(part(found[-1], b) for b in found[-1].blocks)
+        assert found_size == pytest.approx(stored, rel=0.35)
+    plain, turned = found
+    assert plain.head is None
+    assert turned.head is not None
+    assert turned.outside_weights - plain.outside_weights == turned.embedding.weights
+    assert turned.turned == (turned.embedding, turned.head)
+
+
+def test_rotations_of_inputs_take_samples_and_searches() -> None:
+    held = TURNS["shared"][:1]
+    plain, shared, each = (description(recipe_of(*s)) for s in (held, *TURNS.values()))
+    group = shared.blocks[0].groups[0]
+    assert group.turn == 2 * 4 * 16 * 16 + 8 * group.columns
+    assert each.blocks[0].groups[0].turn == 2 * 4 * 16 * group.columns + 8 * group.columns
+    for key in ("open", "solve", "train", "close"):
+        first, second, third = (peak_by_stage(d)[key] for d in (plain, shared, each))
+        assert first < second < third, key
+    assert disk(plain).work < disk(shared).work < disk(each).work
+    before, after = (operations(d)["open"] for d in (plain, shared))
+    assert after["float32"] > before.get("float32", 0)
+
+
+def test_quantized_keys_and_a_prefix_are_counted() -> None:
+    base = "rtn-w8a16"
+    plain, cached = (description(recipe_of(*s, base=base)) for s in ((), ("cache.bits=4",)))
+    # Where attention is wider than the rest of the block.
+    wide = [replace(d, key_heads=16, head_width=512) for d in (plain, cached)]
+    widths = [forward(d, d.blocks[0], 64, 64, 4) for d in wide]
+    assert widths[1] > widths[0]
+    given, searched = (
+        description(recipe_of(f"prefix={p}", base=base)) for p in ("{tokens: [1]}", "{}")
+    )
+    first, second, third = (peak_by_stage(d)["open"] for d in (plain, given, searched))
+    assert first <= second < third
+    before, one, other = (operations(d)["open"] for d in (plain, given, searched))
+    assert one["load"] == 2 * before["load"]
+    assert other["forward"] > 0
 
 
 def test_ranges_are_two_numbers_where_a_step_is_one() -> None:
@@ -318,7 +402,7 @@ def test_bytes_of_files_are_those_of_a_run(
     assert 0 < weights - stored < 4500 * (BLOCKS + 1)
 
 
-@pytest.mark.parametrize("moves", [(), *MOVES.values()], ids=str)
+@pytest.mark.parametrize("moves", [(), *MOVES.values(), *TURNS.values()], ids=str)
 def test_trained_states_are_those_of_a_run(
     moves: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,11 @@ from crossbit.export.scheme import INT, QuantScheme
 from crossbit.models.experts import is_expert
 from crossbit.models.shell import Shell
 from crossbit.packing import words_per_row
-from crossbit.recipe import Recipe, TrainedRounding
+from crossbit.recipe import DuQuant, Recipe, TrainedRounding
+from crossbit.rotations.duquant import PARTS, block_size_for
 from crossbit.run import VERIFY_TOKENS, evaluation_length
+from crossbit.runtime.attention import IMPLEMENTATION
+from crossbit.transforms.rotation import Change, RotationPlan
 
 SHAPE_ENTRY = 16  # bytes of weight_shape, two int64, beside packed words
 
@@ -36,6 +40,7 @@ def describe(
     windows: int | None = None,
     source_bytes: int = 0,
     companions: int = 0,
+    rotation: RotationPlan | None = None,
 ) -> Description:
     """The numbers of a run.
 
@@ -47,9 +52,11 @@ def describe(
         windows: evaluation windows that there are; None is as many as the recipe asks for.
         source_bytes: of the original's weights, 0 if that is not known.
         companions: bytes of the files that are copied along.
+        rotation: what is rotated as it is read.
     """
     structure, config = shell.structure, shell.config
     schemes = outside_schemes(structure, plan)
+    changes = {} if rotation is None else rotation.changes
     named = dict(shell.model.named_parameters())
     prefix = f"{structure.family.blocks}."
     ends = {f"{structure.embedding}.weight", f"{structure.head}.weight"}
@@ -60,14 +67,16 @@ def describe(
         rows, columns = (int(n) for n in weight.shape)
         scheme = schemes.get(name)
         stored = None if scheme is None else _stored(rows, columns, scheme)[0]
-        return OutsideShape(rows, columns, stored)
+        return OutsideShape(rows, columns, stored, name in changes)
 
     embedding = end(structure.embedding)
     heads = int(getattr(config, "num_attention_heads", 1))
     wanted = recipe.evaluation.windows
     described = Description(
         recipe=recipe,
-        blocks=tuple(_block(shell, i, b, config, dtype) for i, b in enumerate(plan.blocks)),
+        blocks=tuple(
+            _block(shell, i, b, recipe.duquant, dtype, changes) for i, b in enumerate(plan.blocks)
+        ),
         embedding=embedding,
         head=None if structure.tied else end(structure.head),
         outside=outside,
@@ -75,7 +84,8 @@ def describe(
         source_itemsize=2.0,
         heads=heads,
         head_width=int(getattr(config, "head_dim", None) or embedding.columns // heads),
-        eager=shell.attn == "eager",
+        key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        eager=_eager(shell),
         calibrated=needs_calibration(recipe),
         windows=wanted if windows is None else min(wanted, windows),
         window_length=evaluation_length(config, recipe.evaluation.length),
@@ -85,6 +95,12 @@ def describe(
     if source_bytes:
         described = replace(described, source_itemsize=source_bytes / described.parameters)
     return described
+
+
+def _eager(shell: Shell) -> bool:
+    """Whether attention makes its matrix: crossbit's own does for soft-capped scores."""
+    capped = bool(getattr(shell.config, "attn_logit_softcapping", None))
+    return shell.attn == "eager" or (shell.attn == IMPLEMENTATION and capped)
 
 
 def with_recipe(description: Description, recipe: Recipe) -> Description:
@@ -117,13 +133,32 @@ def with_recipe(description: Description, recipe: Recipe) -> Description:
 
 
 def _block(
-    shell: Shell, index: int, plan: BlockPlan, config: Any, dtype: torch.dtype
+    shell: Shell,
+    index: int,
+    plan: BlockPlan,
+    duquant: DuQuant | None,
+    dtype: torch.dtype,
+    changes: Mapping[str, Change],
 ) -> BlockShape:
-    structure = plan.structure
+    structure, config = plan.structure, shell.config
     experts = len({n.rpartition(".")[0] for n in structure.linears if is_expert(f".{n}")})
     chosen = float(getattr(config, "num_experts_per_tok", None) or 1)
     groups = []
     known: set[str] = set()
+
+    def layer(name: str, share: float, *, residual: bool, turn: int) -> LayerShape:
+        found = _layer(structure.linears[name], plan.layers.get(name), name, share, residual, dtype)
+        change = changes.get(f"{structure.name}.{name}", Change())
+        heads = (change.column_heads, change.row_heads)
+        return replace(
+            found,
+            stored=found.stored + turn,
+            tensors=found.tensors + (len(PARTS) if turn else 0),
+            turn=turn,
+            turns=sum(t is not None for t in (change.columns, change.rows, *heads)),
+            by_head=any(heads),
+        )
+
     for group in structure.groups:
         # One point an expert, as in ``engine.observe``: each sees the tokens routed to it.
         by_parent: dict[str, list[str]] = {}
@@ -131,21 +166,28 @@ def _block(
             by_parent.setdefault(name.rpartition(".")[0], []).append(name)
         known.update(group.consumers)
         norm = group.name in ("qkv", "gate_up", "fc1") or group.name.endswith("gate_up")
+        turn = 0
+        planned = all(name in plan.layers for name in group.consumers)
+        if duquant is not None and planned and plan.group_activations(group) is not None:
+            turn = _rotation_bytes(group.width, duquant)
         for names in by_parent.values():
             share = chosen / experts if is_expert(f".{names[0]}") and experts else 1.0
-            layers = tuple(
-                _layer(structure.linears[n], plan.layers.get(n), n, share, not norm, dtype)
-                for n in names
-            )
+            layers = tuple(layer(n, share, residual=not norm, turn=turn) for n in names)
             groups.append(GroupShape(group.width, share, layers, group.source is not None, norm))
     for name, info in structure.linears.items():
         if name not in known:
-            alone = (_layer(info, plan.layers.get(name), name, 1.0, False, dtype),)
+            alone = (layer(name, 1.0, residual=False, turn=0),)
             groups.append(GroupShape(info.in_features, 1.0, alone, False, False))
     block = shell.block(index)
     linear = sum(i.in_features * i.out_features for i in structure.linears.values())
     sizes = [p.numel() for p in block.parameters()]
     return BlockShape(tuple(groups), sum(sizes) - linear, len(sizes) - len(structure.linears))
+
+
+def _rotation_bytes(width: int, config: DuQuant) -> int:
+    """DuQuant's two rotations float32 and its permutation int64, for an input."""
+    n = block_size_for(width, config.block)
+    return 2 * 4 * n * (n if config.shared else width) + 8 * width
 
 
 def _layer(

@@ -182,5 +182,5 @@ def packed(d: Description, block: BlockShape) -> float:
     total = float(d.itemsize * block.other)
     for layer in block.planned:
         total += _trained(layer) + (FLOAT + 1) * layer.weights + 2 * layer.scales
-        total += FLOAT * layer.basis
+        total += FLOAT * layer.basis + layer.turn
     return total

@@ -17,6 +17,7 @@ from crossbit.estimate.memory_blocks import (
     entering,
     forward,
     gptq_memory,
+    loading_ends,
     opening,
     solving,
 )
@@ -84,7 +85,7 @@ def _head(d: Description) -> float:
         last = d.head or d.embedding
         rows = FLOAT * d.width**2 + FLOAT * END_ROWS * d.width
         rows += gptq_memory(d.width, min(END_ROWS, last.rows), many=False)
-    return total + codes + max(peak, rows)
+    return max(loading_ends(d), total + codes + max(peak, rows))
 
 
 def _reloaded(end: OutsideShape, itemsize: int, *, twice: bool) -> float:

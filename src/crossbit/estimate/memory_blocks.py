@@ -5,17 +5,21 @@ from __future__ import annotations
 from crossbit.engine.job import batch_of
 from crossbit.engine.opening import FITTING_TOKENS, SAMPLE_TOKENS
 from crossbit.engine.scale import SAMPLE_ROWS
+from crossbit.engine.turn import SAMPLE_ROWS as TURN_ROWS
 from crossbit.estimate.shapes import (
     BlockShape,
     Description,
     GroupShape,
+    LayerShape,
     wants_ranges,
     wants_sample,
 )
 from crossbit.export.artifact import ROWS as END_ROWS
 from crossbit.recipe import AwqScale, CrossFold, Gptq, Smooth
+from crossbit.rotations.duquant import FOLD_ROWS as TURN_PIECE
 from crossbit.solvers.gptq import ROWS as GPTQ_ROWS
 from crossbit.transforms.column_fit import MIN_TOKENS
+from crossbit.transforms.rotation import CHUNK_ELEMENTS as ROTATED
 
 FLOAT, DOUBLE = 4, 8
 
@@ -32,6 +36,8 @@ FACTOR_MATRICES, LOOP_MATRICES = 5, 3
 ROUND_TRIP, FOLD, DEQUANTIZE = 13, 16, 8
 # Elements as wide as the widest input that the fit of a factor keeps of a minibatch of tokens.
 FIT_ROWS, FIT_BUFFERS = 896, 8
+# Float32 copies of a sample in the choice of a DuQuant rotation.
+TURN_SAMPLES = 6
 
 
 def float32(block: BlockShape) -> float:
@@ -58,6 +64,14 @@ def forward(d: Description, block: BlockShape, tokens: int, length: int, itemsiz
     if any(layer.input_bits for layer in block.layers):
         # Codes of the input; integer products are int32, then float32.
         total += FLOAT * max(channels, widest) + FLOAT * channels
+    if block_turned := max((g.columns for g in block.groups if g.turn), default=0):
+        # DuQuant: the input float32, after a rotation, after the permutation.
+        total = max(total, itemsize * (block_turned + d.width) + 3 * FLOAT * block_turned)
+    if d.recipe.cache is not None:
+        # Queries, keys and values; keys or values float32, less their minimum, in steps.
+        keys = d.key_heads * d.head_width
+        made = itemsize * (d.width + d.heads * d.head_width + 2 * keys)
+        total = max(total, made + 3 * FLOAT * keys)
     if d.eager:
         total += d.heads * length * (2 * FLOAT + itemsize)
     return tokens * total
@@ -91,22 +105,77 @@ def _statistics(d: Description, block: BlockShape) -> float:
     total = _hessians(block)
     for g in block.groups:
         rows = FLOAT * _sample_rows(d) + d.itemsize * _fitting_rows(d, g)
-        total += g.share * g.columns * rows
+        total += g.share * g.columns * rows + g.turn
     return total
+
+
+def loading(block: BlockShape, itemsize: int) -> float:
+    """Reading a block from the checkpoint; what is rotated is made in float64."""
+    whole = itemsize * block.parameters
+    return max(whole, *(whole - itemsize * x.weights + _turned(x) for x in block.layers))
+
+
+def _turned(layer: LayerShape) -> float:
+    """Float64 copies in a rotation: before and after, and what of it is gathered head by head."""
+    return DOUBLE * layer.weights * (3 if layer.by_head else 2) if layer.turns else 0.0
+
+
+def loading_ends(d: Description) -> float:
+    """Reading embedding, head and norms from the checkpoint; some rows are rotated at a time."""
+    found = float(d.itemsize * d.outside_weights)
+    for end in d.turned:
+        # The result in its stored dtype, then in that of computation.
+        made = found + d.source_itemsize * end.weights
+        rows = 2.0 * DOUBLE * min(end.weights, ROTATED)
+        found = max(found, made, made - d.itemsize * end.weights + rows)
+    return found
+
+
+def _turn(d: Description, group: GroupShape) -> float:
+    """Choice of a DuQuant rotation and what is rotated by it."""
+    if not group.turn:
+        return 0.0
+    # Joined, evenly taken, rotated; what a search looks at, rotated, and its magnitude.
+    sample = TURN_SAMPLES * FLOAT * min(TURN_ROWS, _sample_rows(d)) * group.columns
+    pieces = 4 * DOUBLE * TURN_PIECE * group.columns
+    largest = max(layer.weights for layer in group.layers)
+    folded = 2 * FLOAT * largest  # pieces, joined
+    if group.hessian:
+        # Once rotated, transposed; the same on the other side.
+        folded = max(folded, 4 * FLOAT * group.columns**2)
+    return max(sample, folded + pieces)
 
 
 def entering(d: Description) -> float:
     """Embedding and head, loaded; the embedding is rounded a few rows at a time."""
     rows = END_ROWS * d.width * (FLOAT + DEQUANTIZE) if d.embedding.stored and d.samples else 0
-    return d.itemsize * d.outside_weights + rows
+    return max(loading_ends(d), d.itemsize * d.outside_weights + rows, _prefix(d))
+
+
+def _prefix(d: Description) -> float:
+    """Search of a prefix on the original model, whose embedding and head are there beside ours."""
+    if d.recipe.prefix is None:
+        return 0.0
+    searched = d.recipe.prefix.tokens is None
+    outside = d.itemsize * d.outside_weights * (2 if searched else 1)
+    rows = d.length * min(d.samples, d.recipe.prefix.sequences) if searched else 0
+    length = d.length if searched else 0
+    return outside + max(
+        d.itemsize * d.width * 2 * rows
+        + max(
+            loading(b, d.itemsize),
+            d.itemsize * b.parameters + forward(d, b, length, length, d.itemsize),
+        )
+        for b in dict.fromkeys(d.blocks)
+    )
 
 
 def opening(d: Description, block: BlockShape) -> float:
     """load -> observe -> transform."""
     whole = float32(block)
-    checked = min(block.largest, SCANNED) * (FLOAT + DOUBLE)
+    checked = max(loading(block, FLOAT), whole + min(block.largest, SCANNED) * (FLOAT + DOUBLE))
     if not d.samples:
-        return whole + checked
+        return checked
     copied = 2 * whole + d.itemsize * block.largest  # the copy that runs, before it is cast
     tokens = batch_tokens(d)
     channels = max(g.columns for g in block.groups)
@@ -124,7 +193,10 @@ def opening(d: Description, block: BlockShape) -> float:
         + taken
     )
     folded = whole + _statistics(d, block) + max((_fold(d, g) for g in block.groups), default=0.0)
-    return max(copied, observed, folded if d.recipe.folds else 0.0)
+    if d.recipe.duquant is not None:
+        turned = max((_turn(d, g) for g in block.groups), default=0.0)
+        copied = max(copied, whole + _statistics(d, block) + turned)
+    return max(checked, copied, observed, folded if d.recipe.folds else 0.0)
 
 
 def _fold(d: Description, group: GroupShape) -> float:

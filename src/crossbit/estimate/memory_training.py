@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from crossbit.engine.fit import Task
 from crossbit.engine.logits import TOKENS
 from crossbit.estimate.disk import trained
-from crossbit.estimate.memory_blocks import DEQUANTIZE, FLOAT, batch_tokens, float32, forward
+from crossbit.estimate.memory_blocks import (
+    DEQUANTIZE,
+    FLOAT,
+    batch_tokens,
+    float32,
+    forward,
+    loading,
+    loading_ends,
+)
 from crossbit.estimate.shapes import BlockShape, Description, LayerShape
 from crossbit.objective import CHUNK_ELEMENTS
 from crossbit.recipe import EndToEnd, Training
@@ -54,7 +62,8 @@ def _decomposed(layer: LayerShape) -> float:
 
 
 def _live(d: Description, block: BlockShape) -> float:
-    return sum(map(_live_layer, block.layers)) + d.itemsize * block.other
+    turns = sum(group.turn for group in block.groups)
+    return sum(map(_live_layer, block.layers)) + d.itemsize * block.other + turns
 
 
 def live_beside(d: Description) -> float:
@@ -85,6 +94,9 @@ def saved(d: Description, block: BlockShape, *, frozen: bool = False) -> float:
             # Their outputs, and once more what the nonlinearity or the rotation makes of them.
             made = sum(layer.rows for layer in g.layers)
             total += g.share * d.itemsize * 1.5 * made
+    cache = d.recipe.cache
+    if cache is not None and cache.clip < 1 and not frozen:
+        total += 2 * d.key_heads * d.head_width  # what the clip cut off, a byte each
     if frozen:
         total += d.itemsize * d.heads * d.head_width
     if d.eager:
@@ -136,6 +148,15 @@ def training(d: Description) -> float:
             logits = d.itemsize * (d.outside_weights + 2 * tokens * d.width)
             logits += _logits(d, gradient=True)
         step = weights + _moved(layers) + moments + max(graph + widest + logits, pulled)
+        # Before: the blocks that make targets, one by one, then those that are held.
+        originals = [*ahead, *(blocks if d.recipe.objective.homologous else ())]
+        made = max((_original(d, b) for b in originals), default=0.0)
+        reading = max(
+            (loading(b, d.itemsize) - d.itemsize * b.parameters for b in ahead), default=0
+        )
+        if logits:
+            made = max(made, loading_ends(d))
+        worst = max(worst, alive + max(made, held + reading))
         worst = max(worst, alive + max([held + step, *map(_decomposed, layers)]))
     return worst
 
@@ -169,7 +190,15 @@ def tuning(d: Description, settings: EndToEnd) -> float:
     for b in d.blocks:
         left -= _live(d, b)
         closed = max(closed, left + closing(d, b))
-    return max(tuned, closed)
+    # A block is read for what it is put into, and embedding and head to begin with.
+    reading = max(loading_ends(d), *(loading(b, d.itemsize) for b in dict.fromkeys(d.blocks)))
+    return max(tuned, closed, alive + reading)
+
+
+def _original(d: Description, block: BlockShape) -> float:
+    """Sequences through a block of the original model, read for that."""
+    ran = forward(d, block, batch_tokens(d), d.length, d.itemsize)
+    return max(loading(block, d.itemsize), d.itemsize * block.parameters + ran)
 
 
 def closing(d: Description, block: BlockShape) -> float:
@@ -183,9 +212,7 @@ def closing(d: Description, block: BlockShape) -> float:
     packing = 4.0 * largest
     if d.samples:
         packing = max(packing, (DEQUANTIZE + d.itemsize) * largest)
-        run = d.itemsize * block.parameters + forward(
-            d, block, batch_tokens(d), d.length, d.itemsize
-        )
+        run = _original(d, block)
         if d.recipe.trains:  # the original block makes the target before
             run += _live(d, block)
         return max(whole + codes + stored + packing, run + codes + stored)

@@ -38,6 +38,9 @@ class LayerShape:
         solver, rounding: as in the plan; None and None for a layer that is left alone.
         share: of the tokens that reach it (an expert's is below 1).
         residual: what it gives is added to the residual stream, and is not kept for a gradient.
+        turns: rotations of its weight each time that it is read (``transforms.rotation``).
+        by_head: one of them is head by head, on a gathered copy.
+        turn: bytes of the rotation of its input that is stored with it (DuQuant's), 0 for none.
     """
 
     rows: int
@@ -52,6 +55,9 @@ class LayerShape:
     rounding: TrainedRounding | None
     share: float
     residual: bool
+    turns: int = 0
+    by_head: bool = False
+    turn: int = 0
 
     @property
     def weights(self) -> int:
@@ -125,6 +131,11 @@ class GroupShape:
         return any(isinstance(layer.solver, Gptq) for layer in self.layers)
 
     @property
+    def turn(self) -> int:
+        """Bytes of the rotation of the input, which its layers share; 0 for none."""
+        return max((layer.turn for layer in self.layers), default=0)
+
+    @property
     def weights(self) -> int:
         """Weights of all its layers."""
         return sum(layer.weights for layer in self.layers)
@@ -164,6 +175,11 @@ class BlockShape:
         return max((layer.weights for layer in self.layers), default=0)
 
     @property
+    def turned(self) -> int:
+        """Weights that are rotated when it is read, once for each rotation."""
+        return sum(layer.turns * layer.weights for layer in self.layers)
+
+    @property
     def active(self) -> float:
         """Weights that a token meets: of experts, those that it is routed to."""
         return sum(layer.weights * layer.share for layer in self.layers)
@@ -171,11 +187,15 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class OutsideShape:
-    """An embedding or a head [rows, columns]; ``stored`` None: it stays in floating point."""
+    """An embedding or a head [rows, columns]; ``stored`` None: it stays in floating point.
+
+    ``turned``: it is rotated each time that it is read.
+    """
 
     rows: int
     columns: int
     stored: int | None
+    turned: bool = False
 
     @property
     def weights(self) -> int:
@@ -197,6 +217,7 @@ class Description:
         source_itemsize: of a stored parameter of the original.
         heads: attention heads, for attention that makes its matrix.
         head_width: channels of a head.
+        key_heads: heads of keys, and of values.
         eager: attention makes its matrix [heads, L, L] in the run itself (it always does in
             verification).
         calibrated: the recipe needs calibration.
@@ -215,6 +236,7 @@ class Description:
     source_itemsize: float
     heads: int
     head_width: int
+    key_heads: int
     eager: bool
     calibrated: bool
     windows: int
@@ -252,6 +274,11 @@ class Description:
     def outside_weights(self) -> int:
         """Parameters outside the blocks, a tied matrix once."""
         return self.embedding.weights + (self.head.weights if self.head else 0) + self.outside
+
+    @property
+    def turned(self) -> tuple[OutsideShape, ...]:
+        """Embedding and head, as far as they are rotated when they are read."""
+        return tuple(end for end in (self.embedding, self.head) if end is not None and end.turned)
 
     @property
     def parameters(self) -> int:
@@ -295,7 +322,7 @@ def wants_ranges(recipe: Recipe) -> bool:
 
 def wants_sample(recipe: Recipe) -> bool:
     """Held-out inputs are kept for searches (``engine.opening``)."""
-    return bool(recipe.folds) or any(
+    return bool(recipe.folds or recipe.duquant) or any(
         isinstance(s, Rtn) and s.clip == "awq" for s in recipe.first_solvers
     )
 
