@@ -103,8 +103,8 @@ class Probe:
         block, taken = self._loaded(files)
         found["load"] = taken / shape.parameters
         if shape.turned:
-            # Against a second reading, which finds the files in memory too.
-            plain, turned = (self._loaded(c)[1] for c in (files, rotated))
+            # Against another reading, which finds the files in memory too.
+            plain, turned = (min(self._loaded(c)[1] for _ in range(2)) for c in (files, rotated))
             found["rotate"] = max(0.0, turned - plain) / shape.turned
         length = self.d.length if self.d.samples else self.d.window_length
         while length > 128 and length * flops(shape) > PROBE_FLOPS:
