@@ -27,7 +27,8 @@ from crossbit.engine.prepare import OpenModel, open_model
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import PREFIX, WorkDir
 from crossbit.errors import InputError, WorkError
-from crossbit.estimate.shapes import Description, describe
+from crossbit.estimate.describe import describe
+from crossbit.estimate.shapes import Description
 from crossbit.estimate.verdict import refuse
 from crossbit.export.artifact import block_tensors, quantize_outside, round_embedding
 from crossbit.models.checkpoint import scan_finite
@@ -68,6 +69,7 @@ class Prepared:
             windows=self.windows,
             source_bytes=self.model.files.nbytes,
             companions=companion_bytes(self.folder.path),
+            rotation=self.model.rotation,
         )
 
 

@@ -15,9 +15,9 @@ from crossbit.compat import check_recipe
 from crossbit.corpora import load_text
 from crossbit.engine.prepare import open_model
 from crossbit.engine.progress import release_memory
+from crossbit.estimate.describe import describe
 from crossbit.estimate.machine import existing, held_memory
 from crossbit.estimate.probe import rates, tokenising
-from crossbit.estimate.shapes import describe
 from crossbit.estimate.verdict import Room, estimate, gib, hint
 from crossbit.estimate.work import operations
 from crossbit.models.opening import open_config, open_tokenizer
@@ -83,6 +83,7 @@ def plan(
         dtype,
         source_bytes=weights.nbytes,
         companions=companion_bytes(folder.path),
+        rotation=opened_model.rotation,
     )
     if described.calibrated:
         check_length(config, chosen.calibration.length, len(chosen.named_prefix))

@@ -69,6 +69,13 @@ def test_plan_of_a_recipe_that_trains(cli: Cli, options: list[str], tmp_path: Pa
         assert stages[name]["seconds"] > 0
 
 
+def test_plan_of_a_rotated_recipe_measures_rotations(source: Path, tmp_path: Path) -> None:
+    settings = ("evaluation.windows=0", "transforms=[{kind: rotate}]")
+    result = crossbit.plan(str(source), "rtn-w8a16", out=tmp_path / "out", settings=settings)
+    assert result["rates"]["rotate"] > 0
+    assert {s for s, work in result["operations"].items() if "rotate" in work} == {"open", "head"}
+
+
 def test_plan_refuses_what_quantize_refuses(cli: Cli, options: list[str], tmp_path: Path) -> None:
     assert "did you mean" in cli("plan", options[0], "--recipe", "rtn-w4a61").refusal
     assert "positions" in cli("plan", *options, "--length", "1024").refusal

@@ -144,7 +144,7 @@ def test_rows_left_out_of_a_search_cannot_hold_the_peak(monkeypatch: pytest.Monk
 
 def test_a_search_on_some_rows_is_checked_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows decide the search; flat rows that a rotation would raise are not forgotten."""
-    monkeypatch.setattr(duquant, "_SEARCH_ROWS", 2)
+    monkeypatch.setattr(duquant, "SEARCH_ROWS", 2)
     x = normal(200, BLOCK).sign() * 0.95
     x[:2] = 0.0
     x[:2, 5] = 5.5
@@ -220,7 +220,7 @@ def test_shapes_and_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_a_weight_is_folded_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duquant, "_FOLD_ROWS", 5)
+    monkeypatch.setattr(duquant, "FOLD_ROWS", 5)
     g = choose_rotation(outliers(40), block=BLOCK, steps=8)
     weight = normal(13, WIDTH).to(torch.bfloat16).requires_grad_()
     folded = g.fold(weight)

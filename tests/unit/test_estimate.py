@@ -14,17 +14,22 @@ from tests.tiny import BLOCKS, FAMILIES, tiny_config, tiny_folder
 
 from crossbit.engine.closing import close_block
 from crossbit.engine.plan import make_plan
+from crossbit.engine.window import train
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.errors import InputError
 from crossbit.estimate import verdict
+from crossbit.estimate.describe import describe, with_recipe
 from crossbit.estimate.disk import disk, outside, packed, part, stream_bytes, trained
 from crossbit.estimate.machine import available_disk, available_memory, held_memory
 from crossbit.estimate.memory import STAGES, peak_by_stage
-from crossbit.estimate.shapes import Description, describe, with_recipe
+from crossbit.estimate.memory_blocks import forward, loading
+from crossbit.estimate.memory_training import saved, training_tokens
+from crossbit.estimate.shapes import Description
 from crossbit.estimate.verdict import Room, advice, changed, changes, estimate, refuse
-from crossbit.estimate.work import KINDS, operations, seconds
+from crossbit.estimate.work import KINDS, flops, operations, seconds
 from crossbit.models.shell import Shell
 from crossbit.recipe import Recipe
+from crossbit.transforms.rotation import plan_rotation
 
 MIB = 1 << 20
 TRAINED: dict[str, Any] = {
@@ -40,6 +45,15 @@ MOVES: dict[str, tuple[str, ...]] = {
     "square": ("solver.expansion={kind: square, width: 9}", "solver.parameter=low_rank"),
     "rank": ("solver.expansion={kind: full, rank: 7}",),
 }
+# Rotations of inputs that layers keep with them, one for all blocks of channels or one for each.
+TURNS: dict[str, tuple[str, ...]] = {
+    name: (
+        "activations={bits: 8, kind: per_token}",
+        f"transforms=[{{kind: duquant, block: 16, steps: 2, shared: {shared}}}]",
+    )
+    for name, shared in (("shared", "true"), ("each", "false"))
+}
+ROTATED = "transforms=[{kind: rotate}]"
 RATES = dict.fromkeys(KINDS, 1e-9)
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 2048}
 
@@ -58,7 +72,8 @@ def description(recipe: Recipe, family: str = "llama", *, large: bool = True) ->
     shell = Shell(config)
     width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
     plan = make_plan(shell.structure, recipe, int(width))
-    return describe(shell, plan, recipe, torch.float32)
+    rotation = None if recipe.rotation is None else plan_rotation(shell, recipe.rotation)
+    return describe(shell, plan, recipe, torch.float32, rotation=rotation)
 
 
 def peak(recipe: Recipe, *settings: str) -> float:
@@ -137,6 +152,121 @@ def test_moving_along_singular_directions_takes_more(name: str) -> None:
     # Tuning all blocks counts it too.
     tuned = [description(recipe_of(*s, *TUNED)) for s in (still, settings)]
     assert peak_by_stage(tuned[1])["end to end"] > peak_by_stage(tuned[0])["end to end"]
+
+
+def test_looking_ahead_takes_blocks_streams_and_passes() -> None:
+    """Of two original blocks behind each window of one: held, run, and their targets made."""
+    alone = ("objective.window=1", "objective.overlap=0", "calibration.samples=8")
+    one, two, far = (
+        description(recipe_of(*alone, f"objective.ahead={ahead}"))
+        for ahead in ("[1]", "[1,0,1]", "[1,0,0,0,0,0,0,0,1]")
+    )
+    count = len(one.blocks)
+    assert [len(two.ahead(w)) for w in two.schedule] == [2] * (count - 2) + [1, 0]
+    assert [len(far.ahead(w)) for w in far.schedule] == [*range(count - 1, -1, -1)]
+    held = 4 * sum(b.parameters for b in two.blocks[1:3])
+    graph = peak_by_stage(two)["train"] - peak_by_stage(one)["train"] - held
+    tokens = training_tokens(two, two.recipe.training)
+    # What frozen blocks keep for gradients is less than what those in training keep.
+    assert 0 < graph < 2 * tokens * (saved(two, two.blocks[1]) + 12 * two.width)
+    assert saved(two, two.blocks[1], frozen=True) < saved(two, two.blocks[1])
+    assert 0 < disk(two).work - disk(one).work <= 2 * stream_bytes(two, 8)
+    assert disk(far).work > disk(two).work
+    before, after = (operations(d) for d in (one, two))
+    passed = [b for w in two.schedule for b in two.ahead(w)]
+    loaded = after["train"]["load"] - before["train"].get("load", 0)
+    assert loaded == 2 * sum(b.parameters for b in passed)
+    # All sequences once for the target; of an epoch forward and back, and twice to judge.
+    epochs, fitting = two.recipe.training.epochs, two.samples - two.held
+    sequences = two.samples + 2 * epochs * fitting + (epochs + 1) * two.held
+    forward = after["train"]["forward"] - before["train"]["forward"]
+    assert forward == pytest.approx(sequences * two.length * sum(map(flops, passed)))
+    assert {k: v for k, v in after.items() if k != "train"} == {
+        k: v for k, v in before.items() if k != "train"
+    }
+
+
+def test_looking_less_far_is_proposed_where_it_would_fit() -> None:
+    small = ("training.batch=1", "solver.parameter=low_rank", "calibration.length=128")
+    d = description(recipe_of(*small, "objective.ahead=[1,0,0,1]"))
+    d = replace(d, verify_length=1, windows=0)
+    one = with_recipe(d, changed(d.recipe, {"objective": {"ahead": [1.0]}}))
+    assert one.ahead(one.schedule[0]) == ()
+    option = advice(d, room(work=estimate(one, held=0).disk.work), 0)
+    assert option == '--set "objective.ahead=[1]"'
+    assert Recipe.load(d.recipe, ["objective.ahead=[1]"]) == one.recipe
+
+
+def test_rotated_tensors_are_made_in_float64_each_time_that_they_are_read() -> None:
+    plain, turned = (description(recipe_of(*s, base="rtn-w4a16")) for s in ((), (ROTATED,)))
+    block = turned.blocks[0]
+    # The residual stream turns all of them, heads turn what v gives and what o reads.
+    by_head = [x for x in block.layers if x.by_head]
+    assert sorted(x.turns for x in block.layers) == [1] * 5 + [2] * 2
+    assert len(by_head) == 2
+    assert block.turned == block.weights + sum(x.weights for x in by_head)
+    assert plain.blocks[0].turned == 0
+    assert loading(block, 4) == 4 * block.parameters + 12 * block.largest
+    assert loading(plain.blocks[0], 4) == 4 * block.parameters
+    assert peak_by_stage(turned)["open"] > peak_by_stage(plain)["open"]
+    before, after = (operations(d) for d in (plain, turned))
+    assert after["open"].pop("rotate") == sum(b.turned for b in turned.blocks)
+    ends = turned.embedding.weights + (turned.head.weights if turned.head else 0)
+    assert after["head"].pop("rotate") == 2 * ends
+    assert after == before
+
+
+def test_the_untied_head_of_a_rotated_model_is_one_matrix_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    model = tiny_folder(tmp_path / "model", "llama", tied=True)
+    text = write_text(tmp_path / "text.txt", 1)
+    found: list[Description] = []
+    monkeypatch.setattr("crossbit.pipeline.refuse", lambda d, *_, **__: found.append(d))
+    settings = ("evaluation.windows=0", "weights.group=32")
+    for name, more in (("plain", ()), ("turned", (ROTATED,))):
+        out = tmp_path / name
+        run(model, text, out, "rtn-w4a16", settings=(*settings, *more))
+        found_size = (out / "model.safetensors").stat().st_size
+        stored = outside(found[-1]) + sum(part(found[-1], b) for b in found[-1].blocks)
+        assert found_size == pytest.approx(stored, rel=0.35)
+    plain, turned = found
+    assert plain.head is None
+    assert turned.head is not None
+    assert turned.outside_weights - plain.outside_weights == turned.embedding.weights
+    assert turned.turned == (turned.embedding, turned.head)
+
+
+def test_rotations_of_inputs_take_samples_and_searches() -> None:
+    held = TURNS["shared"][:1]
+    plain, shared, each = (description(recipe_of(*s)) for s in (held, *TURNS.values()))
+    group = shared.blocks[0].groups[0]
+    assert group.turn == 2 * 4 * 16 * 16 + 8 * group.columns
+    assert each.blocks[0].groups[0].turn == 2 * 4 * 16 * group.columns + 8 * group.columns
+    for key in ("open", "solve", "train", "close"):
+        first, second, third = (peak_by_stage(d)[key] for d in (plain, shared, each))
+        assert first < second < third, key
+    assert disk(plain).work < disk(shared).work < disk(each).work
+    before, after = (operations(d)["open"] for d in (plain, shared))
+    assert after["float32"] > before.get("float32", 0)
+
+
+def test_quantized_keys_and_a_prefix_are_counted() -> None:
+    base = "rtn-w8a16"
+    plain, cached = (description(recipe_of(*s, base=base)) for s in ((), ("cache.bits=4",)))
+    # Where attention is wider than the rest of the block.
+    wide = [replace(d, key_heads=16, head_width=512) for d in (plain, cached)]
+    widths = [forward(d, d.blocks[0], 64, 64, 4) for d in wide]
+    assert widths[1] > widths[0]
+    given, searched = (
+        description(recipe_of(f"prefix={p}", base=base)) for p in ("{tokens: [1]}", "{}")
+    )
+    first, second, third = (peak_by_stage(d)["open"] for d in (plain, given, searched))
+    assert first <= second < third
+    before, one, other = (operations(d)["open"] for d in (plain, given, searched))
+    assert one["load"] == 2 * before["load"]
+    assert other["forward"] > 0
 
 
 def test_ranges_are_two_numbers_where_a_step_is_one() -> None:
@@ -272,7 +402,7 @@ def test_bytes_of_files_are_those_of_a_run(
     assert 0 < weights - stored < 4500 * (BLOCKS + 1)
 
 
-@pytest.mark.parametrize("moves", [(), *MOVES.values()], ids=str)
+@pytest.mark.parametrize("moves", [(), *MOVES.values(), *TURNS.values()], ids=str)
 def test_trained_states_are_those_of_a_run(
     moves: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +457,36 @@ def test_states_for_tuning_are_those_of_a_run(
     assert [sizes[name] for name in ends] == [stream_bytes(d, 4)] * 3
     # All of it is still there when the result is put together.
     assert disk(d).work > sum(sizes[name] for name in (*opened, *ends)) + states["refined"]
+
+
+@pytest.mark.parametrize("ahead", ["[1]", "[1,1]", "[0,1,1]", "[1,0,0,1]"])
+def test_targets_ahead_are_those_of_a_run(
+    ahead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    model = tiny_folder(tmp_path / "model", "llama")
+    text = write_text(tmp_path / "text.txt", 1)
+    found: list[dict[str, int]] = []
+    frozen: list[int] = []
+
+    def watched(work: WorkDir, window: Any, task: Any, *args: Any) -> Any:
+        found.append({p.stem: p.stat().st_size for p in work.path.glob("*.safetensors")})
+        frozen.append(len(task.ahead))
+        return train(work, window, task, *args)
+
+    monkeypatch.setattr("crossbit.engine.window.train", watched)
+    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1")
+    recipe = recipe_of(
+        *settings, "objective.window=1", "objective.overlap=0", f"objective.ahead={ahead}"
+    )
+    run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
+    d = description(recipe, large=False)
+    assert len(found) == BLOCKS
+    assert frozen == [len(d.ahead(window)) for window in d.schedule]
+    for sizes, window in zip(found, d.schedule, strict=True):
+        streams = {name: size for name, size in sizes.items() if name.startswith("ahead-")}
+        assert list(streams.values()) == [stream_bytes(d, 4)] * len(d.ahead(window))
+        assert disk(d).work >= sum(sizes.values())
 
 
 # -- whether it fits ------------------------------------------------------------------------------

@@ -459,7 +459,7 @@ def test_a_vocabulary_in_parts_is_the_same(
     names = ("model.embed_tokens.weight", "lm_head.weight")
     whole = [model.weights.tensor(n) for n in names]
     for rows in (1, 7, VOCAB - 1):
-        monkeypatch.setattr(rotation, "_CHUNK_ELEMENTS", rows * WIDTH + 3)
+        monkeypatch.setattr(rotation, "CHUNK_ELEMENTS", rows * WIDTH + 3)
         assert all(
             torch.equal(model.weights.tensor(n), w) for n, w in zip(names, whole, strict=True)
         )

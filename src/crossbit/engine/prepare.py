@@ -21,7 +21,7 @@ from crossbit.models.structure import InputGroup, ModelStructure
 from crossbit.recipe import Recipe
 from crossbit.runtime.attention import IMPLEMENTATION, register
 from crossbit.runtime.online import Online
-from crossbit.transforms.rotation import RotatedCheckpoint, plan_rotation, untied
+from crossbit.transforms.rotation import RotatedCheckpoint, RotationPlan, plan_rotation, untied
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class OpenModel:
     plan: ModelPlan
     online: Online
     notes: tuple[str, ...] = ()
+
+    @property
+    def rotation(self) -> RotationPlan | None:
+        """What is rotated when it is read."""
+        return self.weights.plan if isinstance(self.weights, RotatedCheckpoint) else None
 
 
 def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) -> OpenModel:

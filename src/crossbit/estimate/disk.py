@@ -139,7 +139,8 @@ def _windows(d: Description, parts: list[float], saves: bool) -> float:
         state = sum(packed(d, b) for b in blocks) + 2 * best
         homologous = 2 if d.recipe.objective.homologous and len(blocks) > 1 else 0
         homologous = homologous or int(bool(d.recipe.objective.homologous))
-        training = stream * (1 + teachers + homologous) + 2 * best + copies * state
+        looking = len(d.ahead(window))  # targets behind the blocks that look ahead
+        training = stream * (1 + teachers + homologous + looking) + 2 * best + copies * state
         closed = sum(parts[i] for i in window.hardened)
         closing = stream * (1 + teachers + window.leaving) + held + closed
         closing += state + 2 * best if copies else best
@@ -181,5 +182,5 @@ def packed(d: Description, block: BlockShape) -> float:
     total = float(d.itemsize * block.other)
     for layer in block.planned:
         total += _trained(layer) + (FLOAT + 1) * layer.weights + 2 * layer.scales
-        total += FLOAT * layer.basis
+        total += FLOAT * layer.basis + layer.turn
     return total

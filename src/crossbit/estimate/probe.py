@@ -40,6 +40,7 @@ from crossbit.solvers.hessian import HessianAccumulator, fast_products, inverse_
 from crossbit.solvers.rounding import fake_weight, pull_back, start_rounding
 from crossbit.solvers.rtn import rtn
 from crossbit.transforms.column_fit import ROWS, TOKENS, fit_factor
+from crossbit.transforms.rotation import RotatedCheckpoint
 from crossbit.transforms.search import FoldProblem, output_error, round_trip
 
 SIDE = 1024  # of the matrices that are measured on: large enough for full speed
@@ -96,11 +97,15 @@ class Probe:
     def block(self, kinds: set[str]) -> dict[str, float]:
         """A real block: loading it, forward, forward and backward."""
         found: dict[str, float] = {}
-        began = time.perf_counter()
-        block = self.shell.load_block(self.index, self.checkpoint, self.dtype)
         shape = self.d.blocks[self.index]
-        found["load"] = (time.perf_counter() - began) / shape.parameters
-        self.shell.free_block(self.index)
+        rotated = self.checkpoint
+        files = rotated.inner if isinstance(rotated, RotatedCheckpoint) else rotated
+        block, taken = self._loaded(files)
+        found["load"] = taken / shape.parameters
+        if shape.turned:
+            # Against another reading, which finds the files in memory too.
+            plain, turned = (min(self._loaded(c)[1] for _ in range(2)) for c in (files, rotated))
+            found["rotate"] = max(0.0, turned - plain) / shape.turned
         length = self.d.length if self.d.samples else self.d.window_length
         while length > 128 and length * flops(shape) > PROBE_FLOPS:
             length //= 2
@@ -120,6 +125,14 @@ class Probe:
             taken = max(taken - attending * (1 + ATTENTION_BACKWARD), 0.1 * taken)
             found["trained"] = taken / flops(shape)
         return found
+
+    def _loaded(self, checkpoint: Weights) -> tuple[nn.Module, float]:
+        """The block, and the seconds that reading it took."""
+        began = time.perf_counter()
+        block = self.shell.load_block(self.index, checkpoint, self.dtype)
+        taken = time.perf_counter() - began
+        self.shell.free_block(self.index)
+        return block, taken
 
     def _attention(self, length: int) -> float:
         d = self.d

@@ -1,24 +1,15 @@
 """What an estimate looks at: the numbers of a run, without a model or a tensor.
 
-``describe`` takes them from the empty model and the plan; everything else in the package is a pure
-function of a ``Description``.
+``describe`` makes a ``Description``; everything else in the package is a pure function of it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-
-from crossbit.engine.job import needs_calibration
-from crossbit.engine.plan import BlockPlan, LayerPlan, ModelPlan, choice_of
-from crossbit.export.artifact import layer_scheme, outside_schemes
-from crossbit.export.scheme import INT, QuantScheme
-from crossbit.models.experts import is_expert
-from crossbit.models.shell import Shell
-from crossbit.packing import words_per_row
+from crossbit.engine.plan import choice_of
+from crossbit.objective import terms_ahead
 from crossbit.recipe import (
     Activations,
     EndToEnd,
@@ -28,11 +19,8 @@ from crossbit.recipe import (
     TrainedRounding,
     first_solver,
 )
-from crossbit.run import VERIFY_TOKENS, evaluation_length
 from crossbit.solvers.expansion import stored_shapes
 from crossbit.windows import Window, schedule
-
-SHAPE_ENTRY = 16  # bytes of weight_shape, two int64, beside packed words
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,9 @@ class LayerShape:
         solver, rounding: as in the plan; None and None for a layer that is left alone.
         share: of the tokens that reach it (an expert's is below 1).
         residual: what it gives is added to the residual stream, and is not kept for a gradient.
+        turns: rotations of its weight each time that it is read (``transforms.rotation``).
+        by_head: one of them is head by head, on a gathered copy.
+        turn: bytes of the rotation of its input that is stored with it (DuQuant's), 0 for none.
     """
 
     rows: int
@@ -64,6 +55,9 @@ class LayerShape:
     rounding: TrainedRounding | None
     share: float
     residual: bool
+    turns: int = 0
+    by_head: bool = False
+    turn: int = 0
 
     @property
     def weights(self) -> int:
@@ -137,6 +131,11 @@ class GroupShape:
         return any(isinstance(layer.solver, Gptq) for layer in self.layers)
 
     @property
+    def turn(self) -> int:
+        """Bytes of the rotation of the input, which its layers share; 0 for none."""
+        return max((layer.turn for layer in self.layers), default=0)
+
+    @property
     def weights(self) -> int:
         """Weights of all its layers."""
         return sum(layer.weights for layer in self.layers)
@@ -176,6 +175,11 @@ class BlockShape:
         return max((layer.weights for layer in self.layers), default=0)
 
     @property
+    def turned(self) -> int:
+        """Weights that are rotated when it is read, once for each rotation."""
+        return sum(layer.turns * layer.weights for layer in self.layers)
+
+    @property
     def active(self) -> float:
         """Weights that a token meets: of experts, those that it is routed to."""
         return sum(layer.weights * layer.share for layer in self.layers)
@@ -183,11 +187,15 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class OutsideShape:
-    """An embedding or a head [rows, columns]; ``stored`` None: it stays in floating point."""
+    """An embedding or a head [rows, columns]; ``stored`` None: it stays in floating point.
+
+    ``turned``: it is rotated each time that it is read.
+    """
 
     rows: int
     columns: int
     stored: int | None
+    turned: bool = False
 
     @property
     def weights(self) -> int:
@@ -209,6 +217,7 @@ class Description:
         source_itemsize: of a stored parameter of the original.
         heads: attention heads, for attention that makes its matrix.
         head_width: channels of a head.
+        key_heads: heads of keys, and of values.
         eager: attention makes its matrix [heads, L, L] in the run itself (it always does in
             verification).
         calibrated: the recipe needs calibration.
@@ -227,6 +236,7 @@ class Description:
     source_itemsize: float
     heads: int
     head_width: int
+    key_heads: int
     eager: bool
     calibrated: bool
     windows: int
@@ -266,6 +276,11 @@ class Description:
         return self.embedding.weights + (self.head.weights if self.head else 0) + self.outside
 
     @property
+    def turned(self) -> tuple[OutsideShape, ...]:
+        """Embedding and head, as far as they are rotated when they are read."""
+        return tuple(end for end in (self.embedding, self.head) if end is not None and end.turned)
+
+    @property
     def parameters(self) -> int:
         """All parameters of the model."""
         return sum(block.parameters for block in self.blocks) + self.outside_weights
@@ -289,188 +304,11 @@ class Description:
             largest=objective.largest,
         )
 
-
-def describe(
-    shell: Shell,
-    plan: ModelPlan,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    *,
-    windows: int | None = None,
-    source_bytes: int = 0,
-    companions: int = 0,
-) -> Description:
-    """The numbers of a run.
-
-    Args:
-        shell: the empty model.
-        plan: grids and solvers of its layers.
-        recipe: the recipe.
-        dtype: of computation.
-        windows: evaluation windows that there are; None is as many as the recipe asks for.
-        source_bytes: of the original's weights, 0 if that is not known.
-        companions: bytes of the files that are copied along.
-    """
-    structure, config = shell.structure, shell.config
-    schemes = outside_schemes(structure, plan)
-    named = dict(shell.model.named_parameters())
-    prefix = f"{structure.family.blocks}."
-    ends = {f"{structure.embedding}.weight", f"{structure.head}.weight"}
-    outside = sum(p.numel() for n, p in named.items() if not n.startswith(prefix) and n not in ends)
-
-    def end(name: str, *, tied: bool = False) -> OutsideShape:
-        weight = shell.model.get_submodule(name).weight
-        rows, columns = (int(n) for n in weight.shape)
-        scheme = schemes.get(name)
-        stored = None if scheme is None else _stored(rows, columns, scheme)[0]
-        return OutsideShape(rows, columns, stored)
-
-    embedding = end(structure.embedding)
-    heads = int(getattr(config, "num_attention_heads", 1))
-    wanted = recipe.evaluation.windows
-    described = Description(
-        recipe=recipe,
-        blocks=tuple(_block(shell, i, b, config, dtype) for i, b in enumerate(plan.blocks)),
-        embedding=embedding,
-        head=None if structure.tied else end(structure.head),
-        outside=outside,
-        itemsize=dtype.itemsize,
-        source_itemsize=2.0,
-        heads=heads,
-        head_width=int(getattr(config, "head_dim", None) or embedding.columns // heads),
-        eager=shell.attn == "eager",
-        calibrated=needs_calibration(recipe),
-        windows=wanted if windows is None else min(wanted, windows),
-        window_length=evaluation_length(config, recipe.evaluation.length),
-        verify_length=evaluation_length(config, VERIFY_TOKENS),
-        companions=companions,
-    )
-    if source_bytes:
-        described = replace(described, source_itemsize=source_bytes / described.parameters)
-    return described
-
-
-def with_recipe(description: Description, recipe: Recipe) -> Description:
-    """The same run with another calibration, training or parametrisation of trained rounding."""
-
-    def layer(known: LayerShape) -> LayerShape:
-        solver = recipe.solver
-        if known.rounding is None or not isinstance(solver, TrainedRounding):
-            return known
-        same = {key: getattr(solver, key) for key in ("parameter", "limits", "expansion")}
-        rounding = known.rounding.model_copy(update=same)
-        return replace(known, rounding=rounding)
-
-    changed = {
-        block: replace(
-            block,
-            groups=tuple(
-                replace(group, layers=tuple(map(layer, group.layers))) for group in block.groups
-            ),
-        )
-        for block in set(description.blocks)
-    }
-    return replace(
-        description,
-        recipe=recipe,
-        blocks=tuple(changed[block] for block in description.blocks),
-        windows=min(description.windows, recipe.evaluation.windows),
-        window_length=min(description.window_length, recipe.evaluation.length),
-    )
-
-
-def _block(
-    shell: Shell, index: int, plan: BlockPlan, config: Any, dtype: torch.dtype
-) -> BlockShape:
-    structure = plan.structure
-    experts = len({n.rpartition(".")[0] for n in structure.linears if is_expert(f".{n}")})
-    chosen = float(getattr(config, "num_experts_per_tok", None) or 1)
-    groups = []
-    known: set[str] = set()
-    for group in structure.groups:
-        # One point an expert, as in ``engine.observe``: each sees the tokens routed to it.
-        by_parent: dict[str, list[str]] = {}
-        for name in group.consumers:
-            by_parent.setdefault(name.rpartition(".")[0], []).append(name)
-        known.update(group.consumers)
-        norm = group.name in ("qkv", "gate_up", "fc1") or group.name.endswith("gate_up")
-        for names in by_parent.values():
-            share = chosen / experts if is_expert(f".{names[0]}") and experts else 1.0
-            layers = tuple(
-                _layer(structure.linears[n], plan.layers.get(n), n, share, not norm, dtype)
-                for n in names
-            )
-            groups.append(GroupShape(group.width, share, layers, group.source is not None, norm))
-    for name, info in structure.linears.items():
-        if name not in known:
-            alone = (_layer(info, plan.layers.get(name), name, 1.0, False, dtype),)
-            groups.append(GroupShape(info.in_features, 1.0, alone, False, False))
-    block = shell.block(index)
-    linear = sum(i.in_features * i.out_features for i in structure.linears.values())
-    sizes = [p.numel() for p in block.parameters()]
-    return BlockShape(tuple(groups), sum(sizes) - linear, len(sizes) - len(structure.linears))
-
-
-def _layer(
-    info: Any, plan: LayerPlan | None, name: str, share: float, residual: bool, dtype: torch.dtype
-) -> LayerShape:
-    rows, columns = info.out_features, info.in_features
-    if plan is None:
-        stored = rows * columns * dtype.itemsize
-        return LayerShape(
-            rows, columns, 0, stored, 1, False, None, False, None, None, share, residual
-        )
-    stored, tensors = _stored(rows, columns, layer_scheme(f".{name}", plan))
-    activations = plan.activations
-    if activations is not None and activations.kind in ("cross_static", "cross_static_clip"):
-        stored, tensors = stored + 4 * columns, tensors + 1
-    if activations is not None and activations.kind == "per_token_clip":
-        stored, tensors = stored + 4, tensors + 1
-    grid = plan.weights
-    integer = (
-        activations is not None
-        and activations.kind == "per_token"
-        and grid.symmetric
-        and grid.strategy != "group"
-        and dtype != torch.float32
-    )
-    return LayerShape(
-        rows=rows,
-        columns=columns,
-        groups=0 if grid.strategy == "tensor" else grid.groups(columns),
-        stored=stored,
-        tensors=tensors,
-        packed=layer_scheme(f".{name}", plan).format != INT,
-        input_bits=None if activations is None else activations.bits,
-        integer=integer,
-        solver=plan.solver,
-        rounding=plan.rounding,
-        share=share,
-        residual=residual,
-    )
-
-
-def _stored(rows: int, columns: int, scheme: QuantScheme) -> tuple[int, int]:
-    """Bytes and number of the tensors of a module (``compressed_tensors.module_tensors``)."""
-    grid = scheme.weights
-    per_tensor = grid.strategy == "tensor"
-    scales = 1 if per_tensor else rows * grid.groups(columns)
-    packed = scheme.format != INT
-    tensors = 3 if packed else 2
-    size = scales * grid.scale_dtype.itemsize
-    if packed:
-        size += rows * words_per_row(columns, grid.bits) * 4 + SHAPE_ENTRY
-    else:
-        size += rows * columns
-    if not grid.symmetric:
-        tensors += 1
-        if packed and not per_tensor:
-            size += words_per_row(rows, grid.bits) * grid.groups(columns) * 4
-        else:
-            size += scales
-    if scheme.activations is not None and scheme.activations.kind == "per_tensor_static":
-        size, tensors = size + 4, tensors + 1
-    return size, tensors
+    def ahead(self, window: Window) -> tuple[BlockShape, ...]:
+        """The original blocks behind a window that its output goes through in training."""
+        left = len(self.blocks) - window.stop
+        terms = terms_ahead(self.recipe.objective.ahead, left)
+        return self.blocks[window.stop : window.stop + len(terms) - 1]
 
 
 def wants_ranges(recipe: Recipe) -> bool:
@@ -484,7 +322,7 @@ def wants_ranges(recipe: Recipe) -> bool:
 
 def wants_sample(recipe: Recipe) -> bool:
     """Held-out inputs are kept for searches (``engine.opening``)."""
-    return bool(recipe.folds) or any(
+    return bool(recipe.folds or recipe.duquant) or any(
         isinstance(s, Rtn) and s.clip == "awq" for s in recipe.first_solvers
     )
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from crossbit.engine.window import SAVE_SECONDS
 from crossbit.errors import InputError
+from crossbit.estimate.describe import with_recipe
 from crossbit.estimate.disk import Disk, disk
 from crossbit.estimate.machine import available_disk, available_memory, held_memory, same_disk
 from crossbit.estimate.memory import STAGES, peak_by_stage, total
-from crossbit.estimate.shapes import Description, with_recipe
+from crossbit.estimate.shapes import Description
 from crossbit.estimate.work import Work, operations, seconds
 from crossbit.recipe import Recipe, TrainedRounding
 
@@ -161,6 +162,8 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, Change]]:
         solver = recipe.solver
         if isinstance(solver, TrainedRounding) and solver.parameter == "full":
             yield "--set solver.parameter=low_rank", {"solver": {"parameter": "low_rank"}}
+        if len(recipe.objective.ahead) > 1:
+            yield '--set "objective.ahead=[1]"', {"objective": {"ahead": [1.0]}}
         while window > 1 and recipe.objective.largest is None:
             window -= 1
             overlap = min(recipe.objective.overlap, window - 1)

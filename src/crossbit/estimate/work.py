@@ -18,7 +18,7 @@ ranges       elements of inputs whose maxima and means are taken
 soften, pull, adam   weights made for training, gradients brought back, parameters moved
 logits       tokens x vocabulary of a loss; ``divergence``: of one between two models' logits and
              its gradient
-load         parameters read from the checkpoint and cast
+load         parameters read from the checkpoint and cast; ``rotate``: of those, weights rotated
 pack, unpack weights written as the export has them, and read back
 write, read, hash    bytes
 scan         bytes of the checkpoint looked at for NaN
@@ -33,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from crossbit.engine.scale import SAMPLE_ROWS
+from crossbit.engine.turn import SAMPLE_ROWS as TURN_ROWS
 from crossbit.estimate.disk import outside, packed, part, stream_bytes, trained
 from crossbit.estimate.shapes import (
     BlockShape,
@@ -45,7 +46,8 @@ from crossbit.estimate.shapes import (
     wants_sample,
 )
 from crossbit.export.artifact import ROWS as END_ROWS
-from crossbit.recipe import AwqScale, CrossFold, EndToEnd, Fold, Gptq, Rtn, Smooth
+from crossbit.recipe import AwqScale, CrossFold, DuQuant, EndToEnd, Fold, Gptq, Prefix, Rtn, Smooth
+from crossbit.rotations.duquant import SEARCH_ROWS, block_size_for
 from crossbit.solvers.gptq import ROWS as GPTQ_ROWS
 from crossbit.transforms import column_fit, cross_fold, smooth
 
@@ -65,7 +67,7 @@ KINDS = (
     ),
     *("column", "cell", "round", "clip", "awq_clip", "trip", "sampled", "fit", "fold", "ranges"),
     *("soften", "pull", "adam", "decompose"),
-    *("logits", "divergence", "load", "pack", "unpack"),
+    *("logits", "divergence", "load", "rotate", "pack", "unpack"),
     *("write", "read", "hash", "scan", "characters", "release", "seconds"),
 )
 
@@ -89,6 +91,8 @@ def operations(description: Description, *, characters: tuple[int, int] = (0, 0)
         characters[1] if d.windows else 0
     )
     prepare["scan"] += d.source_itemsize * d.parameters
+    if d.recipe.prefix is not None:
+        _prefix(d, d.recipe.prefix, counts["open"])
     for block in d.blocks:
         _open(d, block, counts["open"])
         _solve(d, block, counts["solve"])
@@ -146,12 +150,35 @@ def _pass(
     work["attention"] += tokens * attention(d, length) * (1 + backward)
 
 
+def _read(work: defaultdict[str, float], block: BlockShape, times: int = 1) -> None:
+    """A block from the checkpoint."""
+    work["load"] += times * block.parameters
+    if block.turned:
+        work["rotate"] += times * block.turned
+
+
+def _read_ends(work: defaultdict[str, float], d: Description, times: int = 1) -> None:
+    """Embedding, head and norms from the checkpoint."""
+    work["load"] += times * d.outside_weights
+    if d.turned:
+        work["rotate"] += times * sum(end.weights for end in d.turned)
+
+
+def _through(
+    work: defaultdict[str, float], d: Description, block: BlockShape, sequences: int
+) -> None:
+    """Sequences through a frozen block, and gradients back through it to its input."""
+    tokens = float(sequences) * d.length
+    work["forward"] += 2 * tokens * flops(block)
+    work["attention"] += tokens * attention(d, d.length) * (1 + ATTENTION_BACKWARD)
+
+
 def _kind(block: BlockShape) -> str:
     return "quantized" if any(layer.input_bits for layer in block.layers) else "forward"
 
 
 def _open(d: Description, block: BlockShape, work: defaultdict[str, float]) -> None:
-    work["load"] += block.parameters
+    _read(work, block)
     if not d.samples:
         return
     work["release"] += 2
@@ -165,9 +192,22 @@ def _open(d: Description, block: BlockShape, work: defaultdict[str, float]) -> N
             work["ranges"] += fitting * group.share * group.columns
         if group.hessian:
             work["hessian"] += tokens * group.share * group.columns**2
-    for transform in d.recipe.folds:
-        for group in block.groups:
+    for group in block.groups:
+        for transform in d.recipe.folds:
             _fold(d, group, transform, work)
+        if d.recipe.duquant is not None:
+            _turn(d, group, d.recipe.duquant, work)
+
+
+def _prefix(d: Description, prefix: Prefix, work: defaultdict[str, float]) -> None:
+    """Its search on the original model, then its keys and values; a few tokens are no work."""
+    for block in d.blocks:
+        _read(work, block)
+        if prefix.tokens is None:
+            work["load"] += block.parameters
+            _pass(work, "forward", d, block, min(d.samples, prefix.sequences), d.length)
+    if prefix.tokens is None:
+        work["load"] += d.outside_weights
 
 
 def _fold(
@@ -210,6 +250,21 @@ def _fold(
         work["fit"] += column_fit.STEPS * elements * group.columns
         work["float32"] += 2 * 2048 * group.weights
         work["trip"] += group.weights
+
+
+def _turn(
+    d: Description, group: GroupShape, config: DuQuant, work: defaultdict[str, float]
+) -> None:
+    """Two searches for a rotation, the products of their steps; then weights, and X^T X."""
+    if not group.turn:
+        return
+    n = block_size_for(group.columns, config.block)
+    elements = min(TURN_ROWS, d.held * d.length * group.share) * group.columns
+    if config.shared:
+        elements = min(elements, SEARCH_ROWS * n)
+    work["float32"] += 2 * config.steps * 2 * n * elements
+    squares = 2 * group.columns**2 if group.hessian else 0
+    work["float32"] += 2 * 2 * n * (group.weights + squares)
 
 
 def _solve(d: Description, block: BlockShape, work: defaultdict[str, float]) -> None:
@@ -286,7 +341,7 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
         blocks = [d.blocks[i] for i in window.blocks]
         for index, block in zip(window.blocks, blocks, strict=True):
             if index >= opened:  # the teacher's activations
-                opening["load"] += block.parameters
+                _read(opening, block)
                 _pass(opening, "forward", d, block, d.samples, d.length)
                 opening["write"] += stream
                 for layer in block.planned:
@@ -299,7 +354,7 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
                 opening["write"] += stream
             if d.recipe.objective.homologous:
                 _pass(work, "forward", d, block, d.samples, d.length)
-                work["load"] += block.parameters
+                _read(work, block)
                 work["write"] += stream
             _pass(work, _kind(block), d, block, (training.epochs + 1) * d.held, d.length)
             _pass(work, "trained", d, block, training.epochs * fitting, d.length)
@@ -311,11 +366,17 @@ def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> Non
                     work["pull"] += steps * layer.weights
                     work["adam"] += steps * (layer.parameters + layer.limits)
                     work["write"] += (training.epochs + 1) * 4 * layer.parameters
+        for block in d.ahead(window):
+            _read(work, block, 2)  # the target's; the one that is held
+            _pass(work, "forward", d, block, d.samples, d.length)
+            work["write"] += stream
+            _pass(work, "forward", d, block, (training.epochs + 1) * d.held, d.length)
+            _through(work, d, block, training.epochs * fitting)
         if d.recipe.objective.logits and window.stop == len(d.blocks):
-            work["load"] += d.outside_weights
+            _read_ends(work, d)
             _divergence(d, work, training.epochs * fitting, training.epochs + 1)
         for index in window.hardened:
-            closing["load"] += d.blocks[index].parameters
+            _read(closing, d.blocks[index])
             _pass(closing, "forward", d, d.blocks[index], d.held, d.length)
         staying = range(window.hardened.stop, window.stop)
         work["write"] += sum(packed(d, d.blocks[i]) for i in staying)
@@ -333,9 +394,9 @@ def _refine(d: Description, settings: EndToEnd, work: defaultdict[str, float]) -
     steps = settings.epochs * -(-fitting // settings.batch)
     seen = settings.epochs * fitting
     opened, best = sum(packed(d, b) for b in d.blocks), sum(map(trained, d.blocks))
-    work["load"] += d.outside_weights
+    _read_ends(work, d)
     for block in d.blocks:
-        work["load"] += 2 * block.parameters  # what it is put into; the target's
+        _read(work, block, 2)  # what it is put into; the target's
         _pass(work, _kind(block), d, block, seen + evaluations * d.held, d.length)
         _pass(work, "trained", d, block, seen, d.length)  # runs again, and backward
         for layer in block.planned:
@@ -367,7 +428,7 @@ def _divergence(
 
 
 def _head(d: Description, work: defaultdict[str, float]) -> None:
-    work["load"] += 2 * d.outside_weights
+    _read_ends(work, d, 2)
     if d.samples:
         work["write"] += stream_bytes(d, d.samples) * (2 if d.recipe.trains else 1)
         if d.embedding.stored is not None:

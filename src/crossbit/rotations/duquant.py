@@ -26,9 +26,9 @@ STEPS = 256
 
 _SMALLEST_POWER = 32
 # Rows that a search looks at; the time of a step is proportional to them.
-_SEARCH_ROWS = 4096
+SEARCH_ROWS = 4096
 # Rows of a weight that are rotated at a time: folding needs memory for their float64 copies.
-_FOLD_ROWS = 1024
+FOLD_ROWS = 1024
 # Rounding to float32 leaves 1e-7 of R R^T - I, to 16 bits more than this.
 _ORTHOGONAL_TO = 1e-4
 PARTS = ("first", "permutation", "second")  # names of what is stored
@@ -200,7 +200,7 @@ class DuRotation:
         quantized next should not be rounded to a half dtype first. WorkError as `apply`.
         """
         stored = torch.promote_types(weight.dtype, torch.float32)
-        pieces = [weight[i : i + _FOLD_ROWS] for i in range(0, weight.shape[0], _FOLD_ROWS)]
+        pieces = [weight[i : i + FOLD_ROWS] for i in range(0, weight.shape[0], FOLD_ROWS)]
         return torch.cat([self.apply(piece.double()).to(stored) for piece in pieces])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -312,7 +312,7 @@ def _rows_that_matter(x: Tensor) -> Tensor:
     norms = x.norm(dim=-1)
     # The margin is for rounding: rows of equal norm must all stay.
     needed = norms >= norms.amax(1, keepdim=True) * ((1 - 1e-3) / x.shape[-1] ** 0.5)
-    count = min(int(needed.sum(1).amax()), _SEARCH_ROWS)
+    count = min(int(needed.sum(1).amax()), SEARCH_ROWS)
     chosen = norms.topk(count, dim=1).indices
     return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
 

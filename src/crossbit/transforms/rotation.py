@@ -33,7 +33,7 @@ from crossbit.rotations.hadamard import order_parts, random_signs, rotate_column
 
 _DOWN = ("down_proj", "fc2")
 _WRITERS = ("o_proj", *_DOWN)
-_CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 _SMALLEST = 4  # a Hadamard transform of fewer channels spreads nothing
 
 
@@ -278,7 +278,7 @@ class RotatedCheckpoint:
         if module in self._outside:
             # A vocabulary: float32 of it would dwarf a block.
             out = torch.empty_like(stored)
-            rows = max(1, _CHUNK_ELEMENTS // stored.shape[1])
+            rows = max(1, CHUNK_ELEMENTS // stored.shape[1])
             for start in range(0, stored.shape[0], rows):
                 part = self._columns(stored[start : start + rows].double(), change)
                 out[start : start + rows] = part
