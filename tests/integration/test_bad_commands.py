@@ -98,7 +98,7 @@ def test_generate(cli: Cli, source: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(source, tmp_path / "model"))
     assert "prompt is empty" in cli("generate", source, "").refusal
     assert "--tokens 0" in cli("generate", source, "hi", "--tokens", "0").refusal
-    assert "512 positions" in cli("generate", source, "a" * 512).refusal
+    assert "positions for 512" in cli("generate", source, "a" * 512).refusal
     assert "no such model" in cli("generate", "nosuch", "hi").refusal
     (model / "chat_template.jinja").unlink()
     assert "no chat template" in cli("generate", model, "hi", "--chat").refusal
