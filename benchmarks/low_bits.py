@@ -171,6 +171,7 @@ def run_ours(
     made = json.loads((out / "crossbit.json").read_text("utf8"))
     return {
         "command": described,
+        "kind": made["kind"],
         "seconds": made["time"]["stages"]["quantize"],
         "process_seconds": found.wall_seconds,
         # The process goes on to verify in transformers, which the peers do not do.

@@ -145,8 +145,9 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
         "SmolLM2-135M-Instruct, the blocks' linear layers alone (embedding and head in bf16 on",
         f"every side); calibration on the embedded Wikipedia text; {windows} windows of 2048 of",
         "the WikiText-2 raw test (`python -m benchmarks.low_bits`, whole commands in the results);",
-        "exported integers; groups of 64 unless the setting says per channel. Seconds of a row are",
-        "indicative where its result has a `load_before` above 0.3.",
+        "exported integers, read by crossbit's own loader alone in rows that say online; groups of",
+        "64 unless the setting says per channel. Seconds of a row are indicative where its result",
+        "has a `load_before` above 0.3.",
         "Inputs are quantized per token. AutoRound's own input grid (signed step, row maximum on",
         "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
         "compressed-tensors, which all the others use. Bits count codes, scales and zero points.",
@@ -157,7 +158,8 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
     order = {setting: place for place, setting in enumerate(LOW_BITS)}
     for row in sorted(found, key=lambda r: (order[r["setting"]], r.get("loss", float("inf")))):
         budget = f"{row['samples']} x {row['length']}"
-        head = f"| {LOW_BITS[row['setting']]} | {row['method']} | {budget} |"
+        online = " (online)" if row.get("kind") == "online" else ""
+        head = f"| {LOW_BITS[row['setting']]} | {row['method']}{online} | {budget} |"
         if "failed" in row:
             message = row["failed"].replace("|", "/")
             lines.append(f"{head} failed: {message} | | | | | |")
