@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.pipelines import custom, run
 
 from crossbit import Recipe
+from crossbit.engine import window
+from crossbit.engine.fit import Progress
 
 A8, A4 = {"bits": 8, "kind": "per_token"}, {"bits": 4, "kind": "per_token"}
 GPTQ = {"start": {"kind": "gptq"}}
@@ -31,6 +36,24 @@ def train(model: Path, text: Path, out: Path, chosen: Any = None, **options: Any
     research = Recipe.load(chosen).research if chosen else False
     assert result["verify"].get("passed", research) is True
     return result
+
+
+@contextmanager
+def interrupted_at(moment: tuple[int, int]) -> Iterator[None]:
+    """A run in here is interrupted in the window of that number after so many steps, and saved."""
+    tick = window.StateKeeper.tick
+
+    def stop(self: Any, progress: Progress, optimiser: Any) -> None:
+        tick(self, progress, optimiser)
+        if (self._window.index, progress.done) == moment:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window, "SAVE_SECONDS", 0.0)
+        patch.setattr(window, "SAVE_SHARE", 0)
+        patch.setattr(window.StateKeeper, "tick", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def weights_of(out: Path) -> bytes:

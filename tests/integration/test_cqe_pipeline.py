@@ -14,12 +14,10 @@ from tests.opened import token_error
 from tests.pipelines import custom, run, shorten
 from tests.running import Cli
 from tests.tiny import BLOCKS, sample_ids, tiny_folder
-from tests.training import A4, A8, recipe, train, weights_of
+from tests.training import A4, A8, interrupted_at, recipe, train, weights_of
 
 import crossbit
-from crossbit.engine import window
 from crossbit.engine.closing import close_block
-from crossbit.engine.fit import Progress
 from crossbit.engine.job import Job
 from crossbit.engine.window import through_original
 from crossbit.errors import InputError
@@ -123,19 +121,8 @@ def killed_and_resumed(
     moment: tuple[int, int], model: Path, text: Path, out: Path, chosen: crossbit.Recipe
 ) -> None:
     """Stop a run in a window after some steps, then go on."""
-    tick = window.StateKeeper.tick
-
-    def stop(self: Any, progress: Progress, optimiser: Any) -> None:
-        tick(self, progress, optimiser)
-        if (self._window.index, progress.done) == moment:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "SAVE_SECONDS", 0.0)
-        patch.setattr(window, "SAVE_SHARE", 0)
-        patch.setattr(window.StateKeeper, "tick", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(model, text, out, chosen)
+    with interrupted_at(moment):
+        train(model, text, out, chosen)
     assert (out.with_name("out.crossbit-work") / "training.safetensors").exists()
     train(model, text, out, chosen, resume=True)
 

@@ -12,12 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.pipelines import run, shorten
 from tests.tiny import BLOCKS, tiny_folder
-from tests.training import recipe, train, weights_of
+from tests.training import interrupted_at, recipe, train, weights_of
 
 import crossbit
-from crossbit.engine import window
 from crossbit.engine.closing import close_block
-from crossbit.engine.fit import Progress
 from crossbit.engine.refine import _tune
 from crossbit.engine.trained import clips_of
 from crossbit.errors import InputError
@@ -130,19 +128,9 @@ def test_it_resumes_to_the_same_bytes(
     moment: tuple[int, int], finished: Any, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     """Stopped inside the first window, the second, and the tuning of all blocks."""
-    tick, out = window.StateKeeper.tick, tmp_path / "out"
-
-    def stop(self: Any, progress: Progress, optimiser: Any) -> None:
-        tick(self, progress, optimiser)
-        if (self._window.index, progress.done) == moment:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "SAVE_SECONDS", 0.0)
-        patch.setattr(window, "SAVE_SHARE", 0)
-        patch.setattr(window.StateKeeper, "tick", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(llama, text, out, CHOSEN)
+    out = tmp_path / "out"
+    with interrupted_at(moment):
+        train(llama, text, out, CHOSEN)
     assert out.with_name("out.crossbit-work").exists()
     train(llama, text, out, CHOSEN, resume=True)
     assert weights_of(out) == weights_of(finished[0])

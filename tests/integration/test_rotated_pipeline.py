@@ -13,12 +13,10 @@ from safetensors.torch import load_file
 from tests.pipelines import EVALUATION, custom, run, shorten
 from tests.running import Cli
 from tests.tiny import BLOCKS, VOCAB, WIDTH, tiny_folder, tiny_tokenizer
-from tests.training import A4, weights_of
+from tests.training import A4, interrupted_at, weights_of
 from transformers import AutoModelForCausalLM
 
 import crossbit
-from crossbit.engine import window
-from crossbit.engine.fit import Progress
 from crossbit.errors import InputError
 from crossbit.evaluation.run import losses_of
 from crossbit.export.reader import QuantizedCheckpoint
@@ -227,19 +225,9 @@ def test_training_goes_on_to_the_same_bytes(
     online: Any, tied: Path, text: Path, tmp_path: Path
 ) -> None:
     """Killed inside the second window: one block comes from the state, one ahead is frozen."""
-    tick, out = window.StateKeeper.tick, tmp_path / "out"
-
-    def stop(self: Any, progress: Progress, optimiser: Any) -> None:
-        tick(self, progress, optimiser)
-        if (self._window.index, progress.done) == (1, 3):
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "SAVE_SECONDS", 0.0)
-        patch.setattr(window, "SAVE_SHARE", 0)
-        patch.setattr(window.StateKeeper, "tick", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tied, text, out, TRAINED)
+    out = tmp_path / "out"
+    with interrupted_at((1, 3)):
+        run(tied, text, out, TRAINED)
     assert not out.exists()
     result = run(tied, text, out, TRAINED, resume=True)
     assert weights_of(out) == weights_of(online[0])
