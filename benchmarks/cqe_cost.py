@@ -10,13 +10,12 @@ two blocks beyond a window of one block, with an error after the first and after
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 import torch
 
 from benchmarks.store import once
-from benchmarks.train_step import Window, seconds
+from benchmarks.train_step import Window, alternating, seconds
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.opening import open_config
 from crossbit.models.shell import Shell
@@ -28,15 +27,9 @@ WIDTHS = (0, 2, 4, 8, 16, 32)
 
 
 def ratio(plain: Window, other: Window, rounds: int) -> dict[str, Any]:
-    """Medians over alternating steps."""
-    plain.trained()
-    other.trained()
-    pairs = [(seconds(plain.trained), seconds(other.trained)) for _ in range(rounds)]
-    return {
-        "plain_seconds": statistics.median(p for p, _ in pairs),
-        "seconds": statistics.median(o for _, o in pairs),
-        "ratio": statistics.median(o / p for p, o in pairs),
-    }
+    """A step without, and one with it."""
+    without, with_it, ratio = alternating(plain.trained, other.trained, rounds)
+    return {"plain_seconds": without, "seconds": with_it, "ratio": ratio}
 
 
 def decompositions() -> dict[str, Any]:

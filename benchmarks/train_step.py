@@ -130,17 +130,23 @@ def seconds(run: Any) -> float:
     return time.perf_counter() - started
 
 
+def alternating(first: Any, second: Any, rounds: int) -> tuple[float, float, float]:
+    """Median seconds of two calls that alternate, and median of the neighbours' ratios."""
+    first()
+    second()
+    pairs = [(seconds(first), seconds(second)) for _ in range(rounds)]
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(b / a for a, b in pairs),
+    )
+
+
 def measure(settings: tuple[str, ...], rounds: int) -> dict[str, Any]:
-    """Medians over alternating runs."""
+    """A bare pass and a step of training."""
     window = Window(settings)
-    window.plain()
-    window.trained()
-    pairs = [(seconds(window.plain), seconds(window.trained)) for _ in range(rounds)]
-    return {
-        "bare_seconds": statistics.median(b for b, _ in pairs),
-        "step_seconds": statistics.median(t for _, t in pairs),
-        "ratio": statistics.median(t / b for b, t in pairs),
-    }
+    bare, step, ratio = alternating(window.plain, window.trained, rounds)
+    return {"bare_seconds": bare, "step_seconds": step, "ratio": ratio}
 
 
 def main() -> None:
