@@ -72,7 +72,7 @@ def _negative_in_groups(grid: WeightGrid, activations: Activations | None) -> bo
     return signed and in_groups and activations is not None and activations.bits == 8
 
 
-def _static(activations: Activations) -> bool:
+def _not_per_token(activations: Activations) -> bool:
     return not activations.grid().kind.startswith("per_token")
 
 
@@ -229,10 +229,7 @@ RULES: tuple[Rule, ...] = (
         "one duquant, last in the list of transforms",
     ),
     Rule(
-        lambda r: (
-            r.duquant is not None
-            and not any(a.grid().kind.startswith("per_token") for a in _activations(r))
-        ),
+        lambda r: r.duquant is not None and all(_not_per_token(a) for a in _activations(r)),
         "duquant rotates inputs that are quantized per token, and this recipe has none",
         "activations.kind per_token, per_token_clip or cross_folded with duquant",
     ),
@@ -249,7 +246,7 @@ RULES: tuple[Rule, ...] = (
         "one let, last in the list of transforms",
     ),
     Rule(
-        lambda r: r.let is not None and any(_static(a) for a in _activations(r)),
+        lambda r: r.let is not None and any(_not_per_token(a) for a in _activations(r)),
         "let with activations whose scales are calibrated before its factors are trained",
         "activations.kind per_token, per_token_clip or cross_folded with let",
     ),

@@ -155,7 +155,7 @@ class Online:
         change = AttentionChange(
             key=grid,
             value=None if grid is None else replace(grid, before_rope=False),
-            rotation=_rotate_head if self.keys else None,
+            rotation=apply_hadamard if self.keys else None,
             prefix_key=None if self.prefix is None else self.prefix.keys[index],
             prefix_value=None if self.prefix is None else self.prefix.values[index],
         )
@@ -224,11 +224,6 @@ def attention_of(structure: BlockStructure, block: nn.Module) -> nn.Module:
     """The attention module of a block: what holds the projection of its output."""
     name = next(n for n, info in structure.linears.items() if info.role == "o_proj")
     return block.get_submodule(name.rpartition(".")[0])
-
-
-def _rotate_head(x: Tensor) -> Tensor:
-    """x [..., D] -> x H / sqrt(D)."""
-    return apply_hadamard(x)
 
 
 def turn_input(module: nn.Module, transform: InputTransform, *, own: bool = False) -> None:
