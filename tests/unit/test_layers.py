@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe", "models", "corpora", "solvers", "report", "engine.progress"),
     (
         *("transforms", "compat", "engine.plan", "runtime.linear", "runtime.install"),
-        *("runtime.online", "runtime.attention"),
+        *("runtime.online", "runtime.attention", "runtime.causal_attention"),
     ),
     ("engine", "export", "run"),
     ("runtime", "output"),

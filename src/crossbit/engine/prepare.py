@@ -61,7 +61,7 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
     rotate = recipe.rotation
     online = Online(keys=rotate is not None and rotate.keys, cache=cache)
     attn = "sdpa"
-    if online.attention or recipe.prefix is not None:
+    if online.attention or recipe.prefix is not None or recipe.trains:
         register()
         attn = IMPLEMENTATION
     shell = Shell(config, attn=attn, device=device)

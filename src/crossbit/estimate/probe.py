@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from crossbit.engine.progress import release_memory
 from crossbit.engine.statistics import InputStatistics
 from crossbit.errors import InputError
 from crossbit.estimate.shapes import Description
-from crossbit.estimate.work import ATTENTION_BACKWARD, KINDS, attention, flops, gptq_flops
+from crossbit.estimate.work import KINDS, attention, flops, gptq_flops
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.grid import Grid, QTensor
 from crossbit.models.checkpoint import count_nonfinite
@@ -32,6 +32,7 @@ from crossbit.models.shell import Shell
 from crossbit.objective import logit_kl
 from crossbit.packing import pack, unpack
 from crossbit.recipe import Gptq
+from crossbit.runtime.causal_attention import causal_attention, is_fast
 from crossbit.runtime.linear import QuantLinear
 from crossbit.solvers.awq import awq_search_clip
 from crossbit.solvers.expansion import singular_basis
@@ -122,7 +123,8 @@ class Probe:
         found["quantized"] = found["forward"] * self._quantized(tokens)
         if "trained" in kinds:
             taken = self._trained(block, x[:1], kwargs) / length
-            taken = max(taken - attending * (1 + ATTENTION_BACKWARD), 0.1 * taken)
+            found["attended"] = self._attended(length)
+            taken = max(taken - found["attended"] * attention(self.d, length), 0.1 * taken)
             found["trained"] = taken / flops(shape)
         return found
 
@@ -134,12 +136,30 @@ class Probe:
         self.shell.free_block(self.index)
         return block, taken
 
+    def _heads(self, length: int) -> Iterator[Tensor]:
+        """Queries, keys and values of a sequence."""
+        shape = (1, self.d.heads, length, self.d.head_width)
+        return (self.normal(*shape).to(self.dtype) for _ in range(3))
+
     def _attention(self, length: int) -> float:
-        d = self.d
-        q, k, v = (self.normal(1, d.heads, length, d.head_width).to(self.dtype) for _ in range(3))
-        run = F.scaled_dot_product_attention
-        taken = best(lambda: run(q, k, v, is_causal=True))
-        return taken / (length * attention(d, length))
+        q, k, v = self._heads(length)
+        taken = best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return taken / (length * attention(self.d, length))
+
+    def _attended(self, length: int) -> float:
+        q, k, v = (x.requires_grad_(True) for x in self._heads(length))
+
+        def step() -> None:
+            with torch.enable_grad():
+                if is_fast(q, k, v):
+                    out = causal_attention(q, k, v, 1.0)
+                else:
+                    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                torch.autograd.backward(out, out.detach())
+            for leaf in (q, k, v):
+                leaf.grad = None
+
+        return best(step) / (length * attention(self.d, length))
 
     def _trained(self, block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> float:
         for module in block.modules():

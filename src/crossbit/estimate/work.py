@@ -4,6 +4,7 @@ forward      flops of a block's products without gradients, in the dtype of comp
 quantized    the same with quantized inputs
 trained      flops of a forward pass that a backward pass follows (both together)
 attention    flops of causal attention, forward
+attended     the same where a backward pass follows (both together)
 float32      flops of large float32 products; ``judge``: of those in a search
 thin         flops of rank updates in GPTQ
 hessian      multiply-adds of X^T X
@@ -59,6 +60,7 @@ KINDS = (
         "quantized",
         "trained",
         "attention",
+        "attended",
         "float32",
         "judge",
         "thin",
@@ -74,7 +76,6 @@ KINDS = (
 # Seconds that importing the libraries for finishing and for verification takes, and writing the
 # report; measured on an idle core, and small beside all but the shortest runs.
 FINISH_SECONDS, VERIFY_SECONDS, REPORT_SECONDS = 0.8, 2.0, 1.0
-ATTENTION_BACKWARD = 2.5  # of the forward pass's flops: five products where that has two
 
 
 def operations(description: Description, *, characters: tuple[int, int] = (0, 0)) -> Work:
@@ -146,8 +147,8 @@ def _pass(
     """Sequences through a block."""
     tokens = float(sequences) * length
     work[kind] += tokens * flops(block)
-    backward = ATTENTION_BACKWARD if kind == "trained" else 0.0
-    work["attention"] += tokens * attention(d, length) * (1 + backward)
+    attending = "attended" if kind == "trained" else "attention"
+    work[attending] += tokens * attention(d, length)
 
 
 def _read(work: defaultdict[str, float], block: BlockShape, times: int = 1) -> None:
@@ -170,7 +171,7 @@ def _through(
     """Sequences through a frozen block, and gradients back through it to its input."""
     tokens = float(sequences) * d.length
     work["forward"] += 2 * tokens * flops(block)
-    work["attention"] += tokens * attention(d, d.length) * (1 + ATTENTION_BACKWARD)
+    work["attended"] += tokens * attention(d, d.length)
 
 
 def _kind(block: BlockShape) -> str:

@@ -1,0 +1,136 @@
+"""``causal_attention`` against float64, and where it takes torch's place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from crossbit.runtime import attention as seam
+from crossbit.runtime.causal_attention import causal_attention, is_fast
+
+
+def _inputs(
+    batch: int, heads: int, shared: int, length: int, width: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, n, length, width) for n in (heads, shared, shared, heads)]
+    q, k, v, g = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    return q, k, v, g
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> list[Tensor]:
+    """Output and gradients in float64, heads repeated and the whole matrix made."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in leaves[1:])
+    scores = leaves[0] @ keys.transpose(2, 3) * scale
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    out = scores.masked_fill(later, float("-inf")).softmax(-1) @ values
+    torch.autograd.backward(out, g.double())
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = causal_attention(leaves[0], leaves[1], leaves[2], scale)
+    torch.autograd.backward(out, g)
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+@given(
+    batch=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    group=st.integers(1, 4),
+    length=st.sampled_from([1, 2, 127, 128, 129, 300]),
+    width=st.sampled_from([8, 24]),
+)
+@settings(max_examples=25, deadline=None)
+def test_output_and_gradients(batch: int, shared: int, group: int, length: int, width: int) -> None:
+    inputs = _inputs(batch, shared * group, shared, length, width)
+    for ours, exact in zip(_ours(*inputs, 0.3), _reference(*inputs, 0.3), strict=True):
+        # At length 1 queries and keys have no influence: their gradient is 0 up to rounding.
+        size = max(float(exact.norm()), 1e-3 * float(inputs[3].double().norm()))
+        assert float((ours.double() - exact).norm()) < 2e-2 * size
+
+
+def test_as_near_to_float64_as_torch() -> None:
+    """The bound above is bfloat16's, not one that hides a mistake: torch's kernel has its own."""
+    inputs = _inputs(2, 6, 2, 256, 64)
+    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+    fused = functional.scaled_dot_product_attention(
+        leaves[0], leaves[1], leaves[2], is_causal=True, enable_gqa=True, scale=0.125
+    )
+    torch.autograd.backward(fused, inputs[3])
+    exact = _reference(*inputs, 0.125)[1:]
+    ours = _ours(*inputs, 0.125)[1:]
+    for mine, leaf, wanted in zip(ours, leaves, exact, strict=True):
+        assert leaf.grad is not None
+        size = float(wanted.norm())
+        assert float((mine - wanted).norm()) / size < 0.01
+        assert float((leaf.grad - wanted).norm()) / size < 0.01
+
+
+def test_several_tiles_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs(2, 4, 2, 200, 16)
+    whole = _ours(*inputs, 0.25)
+    monkeypatch.setattr("crossbit.runtime.causal_attention._SCORES", 1)
+    for one, other in zip(_ours(*inputs, 0.25), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def _module(causal: bool = True) -> nn.Module:
+    module = nn.Module()
+    config = SimpleNamespace(_attn_implementation=seam.IMPLEMENTATION)
+    for name, value in {"is_causal": causal, "num_key_value_groups": 2, "config": config}.items():
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("what", "taken"),
+    [
+        ({}, True),
+        ({"grad": False}, False),
+        ({"dtype": torch.float32}, False),
+        ({"mask": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}, False),
+        ({"causal": False}, False),
+        ({"kwargs": {"dropout": 0.1}}, False),
+    ],
+)
+def test_only_where_gradients_are_wanted(
+    what: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def counted(*inputs: Any) -> Tensor:
+        calls.append(inputs)
+        return causal_attention(*inputs)
+
+    monkeypatch.setattr(seam, "causal_attention", counted)
+    q, k, v, _ = (x.to(what.get("dtype", torch.bfloat16)) for x in _inputs(1, 4, 2, 8, 16))
+    q.requires_grad_(what.get("grad", True))
+    module = _module(what.get("causal", True))
+    kwargs = {"scaling": 0.25, **what.get("kwargs", {})}
+    out, _ = seam.attention(module, q, k, v, what.get("mask"), **kwargs)
+    assert out.shape == (1, 8, 4, 16)
+    assert bool(calls) == taken
+    plain, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, what.get("mask"), **kwargs)
+    if taken:
+        assert torch.allclose(out.float(), plain.float(), atol=3e-2)
+    elif "dropout" not in kwargs:
+        assert torch.equal(out, plain)
+
+
+def test_not_for_other_shapes() -> None:
+    q, k, v, _ = _inputs(1, 2, 2, 8, 16)
+    assert is_fast(q, k, v)
+    assert not is_fast(q[:, :, :4], k, v)
+    assert not is_fast(q, k, v[..., :8])
