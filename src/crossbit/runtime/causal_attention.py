@@ -54,8 +54,9 @@ class _Causal(torch.autograd.Function):
         q = (query * scale).reshape(batch * shared, heads // shared, length, width)
         k, v = (x.reshape(batch * shared, length, width) for x in (key, value))
         out = torch.empty_like(q)
+        later = _later(q)
         for part, rows, end in _tiles(q):
-            weights = _weights(_rows_of(q, part, rows), k[part, :end], rows)
+            weights = _weights(_rows_of(q, part, rows), k[part, :end], rows, later)
             made = torch.bmm(weights, v[part, :end])
             out[part, :, rows] = made.reshape(out[part, :, rows].shape)
         ctx.save_for_backward(q, k, v)
@@ -70,9 +71,10 @@ class _Causal(torch.autograd.Function):
         at_q = torch.empty_like(q)
         # Sums over all the tiles of queries: in bfloat16 late ones would get lost.
         at_k, at_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        later = _later(q)
         for part, rows, end in _tiles(q):
             queries, incoming = _rows_of(q, part, rows), _rows_of(gradient, part, rows)
-            weights = _weights(queries, k[part, :end], rows)
+            weights = _weights(queries, k[part, :end], rows, later)
             at_v[part, :end] += torch.bmm(weights.transpose(1, 2), incoming)
             slopes = torch.bmm(incoming, v[part, :end].transpose(1, 2))
             slopes = torch.ops.aten._softmax_backward_data(slopes, weights, -1, weights.dtype)
@@ -102,10 +104,16 @@ def _rows_of(x: Tensor, part: slice, rows: slice) -> Tensor:
     return x[part, :, rows].flatten(1, 2)
 
 
-def _weights(queries: Tensor, keys: Tensor, rows: slice) -> Tensor:
+def _later(q: Tensor) -> Tensor:
+    """-inf where a key comes after a query of the same tile, 0 elsewhere."""
+    side = min(_ROWS, q.shape[2])
+    return torch.full((side, side), float("-inf"), dtype=q.dtype).triu_(1)
+
+
+def _weights(queries: Tensor, keys: Tensor, rows: slice, later: Tensor) -> Tensor:
     """Attention weights [n', G * rows, K] of queries that are the last of K positions."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
     count = rows.stop - rows.start
-    later = torch.full((count, count), float("-inf"), dtype=scores.dtype).triu_(1)
-    scores[:, :, rows].add_(later.repeat(queries.shape[1] // count, 1))
+    by_head = scores.view(scores.shape[0], -1, count, scores.shape[2])
+    by_head[..., rows].add_(later[:count, :count])
     return torch.softmax(scores, -1)
