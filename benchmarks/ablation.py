@@ -36,6 +36,7 @@ ROWS: Rows = {
     "windows of 4, overlap 2": ("cbq-w4a16", ("objective.window=4", "objective.overlap=2")),
     "expanding ends": ("cbq-w4a16", ("objective.expand=ends",)),
     "mean norm": ("cbq-w4a16", ("objective.norm=mean",)),
+    "token norm": ("cbq-w4a16", ("objective.norm=token",)),
     "end to end": ("cbq-w4a16", ("end_to_end.epochs=1",)),
 }
 

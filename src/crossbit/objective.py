@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from crossbit.errors import InputError
 
-Norm = Literal["sum", "mean", "token"]
+Norm = Literal["sum", "mean", "token", "bounded"]
 
 # Elements of a float32 chunk: 8 MiB, a few of which are alive at a time.
 CHUNK_ELEMENTS = 1 << 21
@@ -45,6 +45,10 @@ def reconstruction_loss(
             D, so the loss is the mean over all elements. "token": ||o - t||^2 / ||t||^2, so that
             the few tokens with massive activations do not decide the sum. A target (nearly) zero
             has no relative error: below 1 % of the median token's length, the median divides.
+            "bounded": e / (1 + e) of that relative error e, the share that the error has in the
+            token's power. It is e where e is small and never above 1: what reads a token normalises
+            it, so one that is lost is lost, however far off. Without the bound a single token whose
+            massive activation comes or goes outweighs thousands.
         kl: weight of KL(softmax(t / temperature) || softmax(o / temperature)) over D, times
             temperature^2, which keeps its gradient of one size when the temperature changes.
         temperature: above 0.
@@ -167,6 +171,8 @@ def logit_kl(
 class _Reconstruction(torch.autograd.Function):
     """loss = mean over tokens of w ||o - t||^2 + kl T^2 KL(t || o), with a weight w a token.
 
+    The bounded norm has the gradient of such a loss too, its weights those at the output.
+
     Keeps references to its inputs and w [N]; backward recomputes the rest chunk by chunk, which
     costs far less than the window's own backward.
     """
@@ -177,7 +183,7 @@ class _Reconstruction(torch.autograd.Function):
     ) -> Tensor:
         o, t = _rows(output), _rows(target)
         error = torch.empty(len(o), dtype=torch.float32, device=o.device)
-        length = torch.empty_like(error) if norm == "token" else None
+        length = torch.empty_like(error) if norm in ("token", "bounded") else None
         divergence = torch.empty_like(error) if kl else None
         for part in _chunks(o):
             o32, t32 = o[part].float(), t[part].float()
@@ -190,7 +196,11 @@ class _Reconstruction(torch.autograd.Function):
             weight = _token_weight(length)
         else:
             weight = torch.full_like(error, 1.0 if norm == "sum" else 1.0 / o.shape[-1])
-        loss = (weight * error).mean()
+        relative = weight * error
+        if norm == "bounded":
+            weight = weight / (1 + relative).square()
+            relative = relative / (1 + relative)
+        loss = relative.mean()
         if divergence is not None:
             loss = loss + kl * temperature**2 * divergence.mean()
         ctx.save_for_backward(output, target, weight)

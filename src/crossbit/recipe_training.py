@@ -38,7 +38,7 @@ class Objective(Strict):
     expand: Literal["none", "first", "last", "ends"] = "none"
     largest: int | None = Field(None, ge=1)
     homologous: float = Field(0.0, ge=0)
-    norm: Literal["sum", "mean", "token"] = "token"
+    norm: Literal["sum", "mean", "token", "bounded"] = "bounded"
     kl: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     logits: float = Field(0.0, ge=0)

@@ -16,7 +16,7 @@ from crossbit import objective
 from crossbit.errors import InputError
 from crossbit.objective import Norm, homologous, logit_kl, reconstruction_loss
 
-NORMS: tuple[Norm, ...] = ("sum", "mean", "token")
+NORMS: tuple[Norm, ...] = ("sum", "mean", "token", "bounded")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Half a unit in the last place of the gradient that is returned, and float32's own rounding.
 GRADIENT = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -31,10 +31,12 @@ def pair(*shape: int, seed: int = 0, noise: float = 0.1) -> tuple[Tensor, Tensor
 def reference(output: Tensor, target: Tensor, norm: Norm, kl: float, temperature: float) -> Tensor:
     """The definition, traced by autograd in the dtype of its input; no negligible tokens."""
     error = (output - target).square()
+    relative = error.sum(-1) / target.square().sum(-1)
     loss = {
         "sum": error.sum(-1).mean(),
         "mean": error.mean(),
-        "token": (error.sum(-1) / target.square().sum(-1)).mean(),
+        "token": relative.mean(),
+        "bounded": (relative / (1 + relative)).mean(),
     }[norm]
     return loss + kl * temperature**2 * plain_kl(output, target, temperature)
 
@@ -120,6 +122,16 @@ def test_token_norm_does_not_depend_on_scale(exponent: float, seed: int) -> None
     assert scaled.item() == pytest.approx(plain.item(), rel=1e-4)
 
 
+def test_a_lost_token_is_no_more_than_lost_to_the_bounded_norm() -> None:
+    """A massive activation where there should be none: one token of 64, and the mean of the rest."""
+    output, target = pair(64, 32)
+    without = reconstruction_loss(output[1:], target[1:], norm="bounded").item()
+    output[0] *= 1000
+    found = reconstruction_loss(output, target, norm="bounded").item()
+    assert found == pytest.approx((63 * without + 1) / 64, rel=1e-3)
+    assert reconstruction_loss(output, target, norm="token") > 1000 * without
+
+
 def test_a_massive_token_does_not_decide_the_token_norm() -> None:
     output, target = pair(64, 32)
     without = {n: reconstruction_loss(output[1:], target[1:], norm=n).item() for n in NORMS}
@@ -127,7 +139,8 @@ def test_a_massive_token_does_not_decide_the_token_norm() -> None:
     output[0] *= 1000
     target[0] *= 1000
     found = {n: reconstruction_loss(output, target, norm=n).item() for n in NORMS}
-    assert found["token"] == pytest.approx(without["token"], rel=0.1)
+    for norm in ("token", "bounded"):
+        assert found[norm] == pytest.approx(without[norm], rel=0.1)
     assert found["sum"] > 1000 * without["sum"]
     assert found["mean"] > 1000 * without["mean"]
     # It does not move what the others weigh either.
@@ -176,6 +189,8 @@ def test_the_squared_error_is_cbqs() -> None:
     assert reconstruction_loss(output, target, norm="sum") == (4 + 10) / 2
     assert reconstruction_loss(output, target, norm="mean") == (4 + 10) / 4
     assert reconstruction_loss(output, target, norm="token") == (4 / 1 + 10 / 25) / 2
+    bounded = reconstruction_loss(output, target, norm="bounded")
+    assert bounded.item() == pytest.approx((4 / 5 + 10 / 35) / 2)
 
 
 def test_kl_is_of_the_target_against_the_output_with_its_weight_and_temperature() -> None:
@@ -356,7 +371,7 @@ def test_homologous_adds_the_second_target_with_its_weight() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "max"}, "'max' is unknown; use sum, mean, token"),
+        ({"norm": "max"}, "'max' is unknown; use sum, mean, token, bounded"),
         ({"kl": -1.0}, "kl: -1.0 is not a weight"),
         ({"kl": float("nan")}, "kl: nan is not a weight"),
         ({"temperature": 0.0}, "temperature: 0.0 is not above 0"),
