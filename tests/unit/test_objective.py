@@ -123,7 +123,7 @@ def test_token_norm_does_not_depend_on_scale(exponent: float, seed: int) -> None
 
 
 def test_a_lost_token_is_no_more_than_lost_to_the_bounded_norm() -> None:
-    """A massive activation where there should be none: one token of 64, and the mean of the rest."""
+    """A massive activation where there should be none counts as one token of 64."""
     output, target = pair(64, 32)
     without = reconstruction_loss(output[1:], target[1:], norm="bounded").item()
     output[0] *= 1000
