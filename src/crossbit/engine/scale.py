@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossbit.engine.equivalent import trainable
+from crossbit.engine.let import QUERY_KEY, shifted, trainable
 from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
 from crossbit.models.structure import NormSource, RowSource
@@ -91,7 +91,36 @@ def apply_transforms(
                     **choice.detail,
                 }
             )
+        pairs = plan.structure.query_key
+        if isinstance(config, Let) and config.qk and plan.keys and isinstance(pairs, str):
+            records.append({"group": QUERY_KEY, "kind": config.kind, "skipped": pairs})
     return records
+
+
+def start_shifts(plan: BlockPlan, states: Sequence[GroupState], let: Let) -> dict[str, Tensor]:
+    """Where shifts begin: the middle of each channel's range over the held-out sample.
+
+    OmniQuant's start. Massive tokens are not in the sample.
+
+    Returns:
+        Group -> float32 [E], as ``Equivalent.shift``.
+    """
+    found = {}
+    for state in states:
+        if not shifted(plan, state.group, let):
+            continue
+        sample = state.sample(SAMPLE_ROWS)
+        if not sample.shape[0]:
+            continue
+        low, high = sample.amin(0), sample.amax(0)
+        source = state.group.source
+        if isinstance(source, RowSource):
+            index, channel = torch.unique(source.rows, return_inverse=True)
+            empty = torch.zeros(index.numel())
+            low = empty.scatter_reduce(0, channel, low, "amin", include_self=False)
+            high = empty.scatter_reduce(0, channel, high, "amax", include_self=False)
+        found[state.group.name] = (low + high) / 2
+    return found
 
 
 def _truncate(
