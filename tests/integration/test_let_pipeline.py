@@ -26,7 +26,9 @@ LWC = {"kind": "rounding", "start": {"kind": "rtn"}, "parameter": "none", "limit
 FAMILIES = ("opt", "gpt_neox")
 
 
-def shifting(let: dict[str, Any] | None = None, **data: Any) -> crossbit.Recipe:
+def shifting(
+    let: dict[str, Any] | None = None, solver: dict[str, Any] = LWC, **data: Any
+) -> crossbit.Recipe:
     """Ranges, factors and shifts in overlapping windows."""
     chosen: dict[str, Any] = {
         "transforms": [{"kind": "let", **(let or {})}],
@@ -38,7 +40,7 @@ def shifting(let: dict[str, Any] | None = None, **data: Any) -> crossbit.Recipe:
         "objective": {"window": 2, "overlap": 1},
         **data,
     }
-    return recipe(LWC, **chosen)
+    return recipe(solver, **chosen)
 
 
 SHIFTED = shifting()
@@ -155,7 +157,10 @@ def test_shifts_begin_in_the_middle(models: dict[str, Path], text: Path, tmp_pat
             {"shift": shift}, activations=A4, weights={"bits": 4, "group": 16}, training=still
         )
         out = tmp_path / str(shift)
-        found.append(errors(train(models["opt"], text, out, chosen)))
+        result = train(models["opt"], text, out, chosen)
+        found.append(errors(result))
+        begun = {f["group"]: f["shift"] for f in result["folds"] if f.get("shift")}
+        assert set(begun) == ({"qkv", "o", "fc1"} if shift else set())
         same = torch.equal(
             *(
                 biases(folder)["model.decoder.layers.0.self_attn.out_proj.bias"]
@@ -194,3 +199,20 @@ def test_a_wrong_choice_is_one_line(
     path.write_text(json.dumps({"transforms": [{"kind": "let", **let}], "solver": LWC}))
     ran = cli("plan", source, "--recipe", path, *short_run(source.with_name("text.txt")))
     assert message in ran.refusal
+
+
+def test_centred_inputs_are_what_gptq_sees(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Its Hessian follows the shift; with that of the input as it was, errors grow by half."""
+    found = []
+    for shift in (True, False):
+        chosen = shifting(
+            {"shift": shift},
+            {"start": {"kind": "gptq"}},
+            weights={"bits": 3, "group": 16},
+            training={"epochs": 0},
+        )
+        result = train(models["opt"], text, tmp_path / str(shift), chosen)
+        found.append(result)
+    assert sum(errors(found[0])) < sum(errors(found[1]))

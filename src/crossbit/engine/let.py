@@ -25,7 +25,6 @@ def equivalents(
     layers: Mapping[str, Layer],
     let: Let,
     *,
-    starts: Mapping[str, Tensor] | None = None,
     known: Mapping[str, Known] | None = None,
     biases: Mapping[str, Tensor] | None = None,
 ) -> list[Equivalent]:
@@ -36,7 +35,6 @@ def equivalents(
         plan: of the block.
         layers: its layers in training.
         let: which of them are wanted.
-        starts: group -> where its shift begins; 0 elsewhere.
         known: name of an equivalent -> what it was, of those that have begun already.
         biases: relative name -> a layer's own bias, of those.
     """
@@ -56,9 +54,8 @@ def equivalents(
         if not trainable(plan, group, let.down):
             continue
         own = (known or {}).get(group.name, {})
-        start = (starts or {}).get(group.name)
         shifts = shifted(plan, group, let)
-        equivalent = _of_group(module, group, layers, own, start, shifts=shifts)
+        equivalent = _of_group(module, group, layers, own, shifts=shifts)
         wanted = [rows.name for rows in equivalent.rows]
         equivalent.biases = touched([*wanted, *(group.consumers if shifts else ())])
         found.append(equivalent)
@@ -83,7 +80,6 @@ def _of_group(
     group: InputGroup,
     layers: Mapping[str, Layer],
     known: Known,
-    start: Tensor | None,
     *,
     shifts: bool,
 ) -> Equivalent:
@@ -108,8 +104,7 @@ def _of_group(
         log = known.get("log", torch.zeros(index.numel()))
         equivalent = Equivalent(group.name, log, consumers=consumers, channel=channel, rows=(rows,))
     if shifts:
-        begun = torch.zeros_like(log) if start is None else start.clone()
-        equivalent.shift = known.get("shift", begun)
+        equivalent.shift = known.get("shift", torch.zeros_like(log))
     return equivalent
 
 

@@ -15,7 +15,7 @@ from crossbit.engine.job import Job, batch_of, calibrated
 from crossbit.engine.observe import GroupState, attach, make_states
 from crossbit.engine.plan import BlockPlan
 from crossbit.engine.progress import release_memory
-from crossbit.engine.scale import apply_transforms, start_shifts
+from crossbit.engine.scale import apply_transforms
 from crossbit.engine.solve import Solved, solve_block
 from crossbit.engine.statistics import InputStatistics
 from crossbit.engine.stream import Stream, StreamWriter
@@ -40,7 +40,6 @@ class OpenBlock:
         layers: how its layers would run as they are.
         starts: float32 [N, K] of the layers that are to be trained, what their training starts from
             (see ``solvers.rounding.continuous_start``).
-        shifts: float32, where the trained shifts of its inputs begin, by group.
         record: what the report says of it.
         target: what the float block makes of the held-out sequences, None without activations.
     """
@@ -48,7 +47,6 @@ class OpenBlock:
     module: nn.Module
     layers: dict[str, QuantizedLayer]
     starts: dict[str, Tensor] = field(default_factory=dict)
-    shifts: dict[str, Tensor] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     target: Stream | None = None
 
@@ -78,8 +76,6 @@ def open_block(
         wanted = _observe(job, index, block, states, entering, target)
         release_memory()
     folds = apply_transforms(block, plan, states, job.recipe.folds, job.dtype)
-    let = job.recipe.let
-    shifts = {} if let is None else start_shifts(plan, states, let)
     rotations: dict[str, DuRotation] = {}
     if job.recipe.duquant is not None:
         turned, rotations = turn_inputs(block, plan, states, job.recipe.duquant)
@@ -98,7 +94,7 @@ def open_block(
         "massive_tokens": max((p.statistics.massive_tokens for p in points), default=0),
         "seconds": time.monotonic() - started,
     }
-    return OpenBlock(block, layers, starts, shifts, record, wanted)
+    return OpenBlock(block, layers, starts, record, wanted)
 
 
 def _empty_states(job: Job, plan: BlockPlan) -> list[GroupState]:

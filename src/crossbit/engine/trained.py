@@ -184,7 +184,7 @@ def make_trainable(
         states[name] = start_rounding(weight, layer.qtensor, choice, seed=own)
     block = with_states(index, opened, plan, kwargs, dtype, states)
     if let is not None:
-        block.equivalents = equivalents(block.module, plan, block.layers, let, starts=opened.shifts)
+        block.equivalents = equivalents(block.module, plan, block.layers, let)
     return block
 
 
