@@ -274,7 +274,7 @@ class Recipe(Strict):
 
     @property
     def let(self) -> Let | None:
-        """The trained factors of inputs among the transforms."""
+        """The trained factors and shifts among the transforms."""
         return next((t for t in self.transforms if isinstance(t, Let)), None)
 
     @property

@@ -61,7 +61,7 @@ class Training(Strict):
 
     ``range`` is that of the shares of limits "range"; ``expansion`` that along singular directions,
     for a diagonal; wider masks get less (``solvers.expansion.learning_rate_scale``).
-    ``let`` is that of the logarithms of LET's factors.
+    ``let`` is that of LET's shifts, and of the logarithms of its factors.
     ``clip`` is that of the factors of activations ``per_token_clip``, of which 1 is no clipping.
     ``regulariser`` and ``beta`` belong to mode "sigmoid": its weight, and its exponent at the start
     and at the end of annealing, which begins after a fifth of the steps.

@@ -86,15 +86,22 @@ class DuQuant(Strict):
 
 
 class Let(Strict):
-    """LET of OmniQuant: factors that are trained. See ``crossbit.engine.equivalent``.
+    """LET of OmniQuant: factors and shifts that are trained. See ``crossbit.engine.equivalent``.
 
     ``start`` is the strength of the SmoothQuant factors to begin with; with ``down`` the input of
     down_proj has factors too, which OmniQuant leaves out.
+
+    ``shift`` moves inputs that are quantized, where biases take it up; OmniQuant has none either
+    where inputs stay as they are. ``qk`` has factors of queries and keys where keys are quantized
+    (``cache``), or a weight that makes them has one scale in all: a row with scales of its own
+    rounds alike whatever its factor, so elsewhere there would be nothing to learn.
     """
 
     kind: Literal["let"] = "let"
     start: float = Field(0.5, ge=0, le=1)
     down: bool = False
+    shift: bool = True
+    qk: bool = True
 
 
 Fold = CrossFold | Smooth | AwqScale | Cfp | Let

@@ -172,6 +172,32 @@ def test_rescaled_statistics_are_those_of_the_rescaled_input(
     assert torch.equal(stats.hessian_matrix(), stats.hessian_matrix().T)
 
 
+def test_shifted_statistics_are_those_of_the_shifted_input() -> None:
+    """Between folds: the Hessian in closed form, maxima and means of the sample."""
+    x, held = with_massive((11,)) + 3, activations(20, seed=1) + 3
+    stats = filled(x, hessian=True)
+    stats.add_hessian_only(held)
+    stats.add_sample(held)
+    every = torch.cat((x, held)).double()
+    for seed in (0, 1):
+        rng = torch.Generator().manual_seed(seed)
+        factor = torch.exp2(torch.randint(-2, 3, (COLUMNS,), generator=rng).double())
+        shift = torch.randn(COLUMNS, generator=rng).bfloat16()
+        stats.rescale(factor)
+        stats.shift(shift)
+        every, held = every / factor - shift, held / factor.float() - shift
+    found = stats.hessian_matrix()
+    wanted = every.T @ every / every.shape[0]
+    spread = wanted.diagonal().sqrt()
+    error = (found.double() - wanted) / torch.outer(spread, spread)
+    assert float(error.abs().max()) < 1e-4
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(stats.sample, held)
+    assert torch.equal(stats.column_maximum(), stats.sample.abs().amax(0))
+    torch.testing.assert_close(stats.column_mean(), held.abs().mean(0))
+    assert stats.fitting.shape == (0, COLUMNS)
+
+
 def test_which_tokens_are_massive_does_not_depend_on_folds() -> None:
     x = with_massive((11,))
     stats = filled(x)

@@ -17,7 +17,7 @@ from crossbit.errors import WorkError
 from crossbit.models.experts import unfuse_experts
 from crossbit.models.families import family_of
 from crossbit.models.structure import InputGroup, ModelStructure, NormSource, RowSource, discover
-from crossbit.transforms.fold import fold, power_of_two, shared_factor
+from crossbit.transforms.fold import fold, power_of_two, shared_factor, shift
 
 GroupChange = Callable[[InputGroup], InputGroup]
 
@@ -74,6 +74,41 @@ def test_all_folds_together_leave_logits_unchanged(family: str, tied: bool) -> N
     for name, parameter in model.named_parameters():
         if not name.startswith(structure.family.blocks):
             assert torch.equal(weights[name], parameter)
+
+
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["opt", "opt_post_norm", "gpt_neox", "llama"])
+def test_shifts_leave_logits_unchanged(family: str, stored: torch.dtype | None) -> None:
+    """And the readers see x - d, with the d that was returned; a norm's rounding is part of it."""
+    model, structure = prepared(family)
+    ids = sample_ids(2, 20)
+    before = logits_float64(model, ids)
+    rng = torch.Generator().manual_seed(3)
+    shifted = 0
+    for block in structure.blocks:
+        module = model.get_submodule(block.name)
+        for group in block.groups:
+            source = group.source
+            norm = isinstance(source, NormSource) and source.has_bias
+            if not norm and group.name != "o":
+                continue
+            seen: list[Tensor] = []
+            hook = module.get_submodule(group.consumers[0]).register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0])
+            )
+            logits_float64(model, ids)
+            d = torch.randn(group.width, generator=rng, dtype=torch.float64)
+            if isinstance(source, RowSource):
+                d = torch.randn(int(source.rows.max()) + 1, generator=rng).double()[source.rows]
+            realised = shift(module, group, d, stored=stored)
+            logits_float64(model, ids)
+            hook.remove()
+            torch.testing.assert_close(seen[1], seen[0] - realised, rtol=1e-9, atol=1e-9)
+            rounded = float((realised - d).abs().max())
+            assert 1e-4 < rounded < 0.02 if stored and norm else rounded < 1e-12
+            shifted += 1
+    assert shifted == {"opt": 9, "gpt_neox": 9}.get(family, 3)
+    assert distance(before, logits_float64(model, ids)) < 1e-10
 
 
 @pytest.mark.parametrize("family", VARIANTS)

@@ -330,3 +330,40 @@ def test_reader_takes_fused_and_per_expert_checkpoints(family: str, tmp_path: An
             assert torch.equal(tensor, parameter)
     missing = "model.layers.0.mlp.experts.99.gate_proj.weight"
     assert all(r.shape(missing) is None for r in readers)
+
+
+# -- queries and keys -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_queries_and_keys_share_factors_where_their_scores_stay(family: str) -> None:
+    """q / s and k s, in the rows that are known, for random s: the logits are the same."""
+    model = tiny_model(family)
+    unfuse_experts(model, family_of(model.config))
+    ids = sample_ids(2, 16)
+    wanted = logits_float64(model, ids)
+    structure = discover(model)
+    rng = torch.Generator().manual_seed(0)
+    for block in structure.blocks:
+        found = block.query_key
+        assert isinstance(found, str) == family.startswith(("qwen3", "gemma3"))
+        if isinstance(found, str):
+            assert "normed" in found
+            continue
+        assert sorted(set(found.key_factors.tolist())) == list(range(found.count))
+        factor = torch.exp(torch.randn(found.count, generator=rng, dtype=torch.float64))
+        for name, rows, values in (
+            (found.queries, found.query_rows, 1 / factor[found.query_factors]),
+            (found.keys, found.key_rows, factor[found.key_factors]),
+        ):
+            linear = model.get_submodule(f"{block.name}.{name}")
+            linear.weight[rows] *= values[:, None]
+            if linear.bias is not None:
+                linear.bias[rows] *= values
+    torch.testing.assert_close(logits_float64(model, ids), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_an_unknown_rotary_embedding_has_no_factors() -> None:
+    model = tiny_model("llama")
+    del model.model.rotary_emb.inv_freq
+    assert "rotary" in str(discover(model).blocks[0].query_key)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crossbit.activations.quantize import MIN_CLIP
-from crossbit.engine.equivalent import LIMIT
+from crossbit.engine.equivalent import LIMIT, Equivalent
 from crossbit.engine.trained import (
     TrainedBlock,
     TrainedLinear,
@@ -143,6 +143,7 @@ class Optimiser:
             "square": settings.expansion,
             "clip": settings.clip,
             "log": settings.let,
+            "shift": settings.let,
         }
         self._default = settings.rounding
         self.each: dict[str, torch.optim.AdamW] = {}
@@ -158,7 +159,7 @@ class Optimiser:
                 self._add(name, {"clip": clip}, task.settings)
         if task.settings.let:
             for name, factor in factors_of(task.blocks).items():
-                self._add(name, {"log": factor.log}, task.settings)
+                self._add(name, factor.parameters, task.settings)
 
     def _add(self, name: str, parameters: dict[str, Tensor], settings: Training) -> None:
         self.keys[name] = list(parameters)
@@ -196,14 +197,18 @@ class Optimiser:
         clip.grad = None
         clip.clamp_(MIN_CLIP, 1.0)
 
-    def update_factor(self, name: str, log: Tensor, gradient: Tensor, factor: float) -> None:
-        """One step of the logarithms of an input's factors."""
-        optimiser = self.each[name]
-        optimiser.param_groups[0]["lr"] = factor * self._rates["log"]
-        log.grad = gradient
+    def update_factor(
+        self, name: str, equivalent: Equivalent, gradients: dict[str, Tensor], factor: float
+    ) -> None:
+        """One step of the logarithms of an input's factors, and of its shifts."""
+        optimiser, parameters = self.each[name], equivalent.parameters
+        for group, key in zip(optimiser.param_groups, self.keys[name], strict=True):
+            group["lr"] = factor * self._rates[key]
+            parameters[key].grad = gradients[key]
         optimiser.step()
-        log.grad = None
-        log.clamp_(-LIMIT, LIMIT)
+        for parameter in parameters.values():
+            parameter.grad = None
+        equivalent.log.clamp_(-LIMIT, LIMIT)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Everything it remembers, named; the tensors are its own."""
@@ -338,8 +343,7 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
         for name, layer in layers_of(blocks):
             update_layer(name, layer)
         for name, equivalent in factors_of(blocks).items() if settings.let else ():
-            wanted = equivalent.gradient(found)
-            optimiser.update_factor(name, equivalent.log, wanted, factor)
+            optimiser.update_factor(name, equivalent, equivalent.gradients(found), factor)
         for name, clip in clips_of(blocks, trained=True).items():
             if clip.grad is not None:
                 optimiser.update_clip(name, clip, factor)

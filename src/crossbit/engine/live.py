@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossbit.engine.equivalent import equivalents
 from crossbit.engine.job import Job
+from crossbit.engine.let import biases_of, equivalents
 from crossbit.engine.opening import OpenBlock
 from crossbit.engine.trained import TrainedBlock, clips_of, factors_of, layers_of, with_states
 from crossbit.grid import QTensor
@@ -29,7 +29,11 @@ def parameters_of(blocks: Sequence[TrainedBlock]) -> dict[str, Tensor]:
             for key, parameter in layer.state.parameters.items()
         },
         **clips_of(blocks),
-        **{name: factor.log for name, factor in factors_of(blocks).items()},
+        **{
+            f"{name}/{key}": parameter
+            for name, factor in factors_of(blocks).items()
+            for key, parameter in factor.parameters.items()
+        },
     }
 
 
@@ -61,6 +65,8 @@ def pack(blocks: Sequence[TrainedBlock]) -> tuple[dict[str, Tensor], dict[str, A
     for block in blocks:
         for key, parameter in block.module.named_parameters():
             tensors[f"module/{block.index}/{key}"] = parameter
+        for name, bias in biases_of(block.equivalents).items():
+            tensors[f"layer/{block.index}/{name}/bias"] = bias.own
     return tensors, {"layers": layers, "blocks": {str(b.index): b.record for b in blocks}}
 
 
@@ -136,13 +142,13 @@ def _block(
             parameter.copy_(tensors[f"module/{index}/{key}"])
     if job.recipe.let is not None:
         begun: dict[str, dict[str, Tensor]] = {}
-        for group in plan.structure.groups:
-            name = f"factors/{index}/{group.name}"
-            if f"parameter/{name}" in tensors:
-                own = {k: tensors.get(f"{name}/{k}") for k in ("gain", "bias")}
-                begun[group.name] = {k: t for k, t in own.items() if t is not None}
-                begun[group.name]["log"] = tensors[f"parameter/{name}"]
+        for kept in (f"factors/{index}/", f"parameter/factors/{index}/"):
+            for key, tensor in tensors.items():
+                if key.startswith(kept):
+                    name, _, what = key.removeprefix(kept).rpartition("/")
+                    begun.setdefault(name, {})[what] = tensor
+        biases = {n: b for n in layers if (b := tensors.get(f"layer/{index}/{n}/bias")) is not None}
         block.equivalents = equivalents(
-            block.module, plan, block.layers, down=job.recipe.let.down, known=begun
+            block.module, plan, block.layers, job.recipe.let, known=begun, biases=biases
         )
     return block

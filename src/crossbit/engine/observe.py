@@ -61,6 +61,11 @@ class GroupState:
         for point in self.points:
             point.statistics.rescale(factor)
 
+    def shift(self, shift: Tensor) -> None:
+        """Account for X -> X - shift [K]."""
+        for point in self.points:
+            point.statistics.shift(shift)
+
 
 def make_states(
     block: BlockStructure,

@@ -45,10 +45,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: plans by relative layer name (ignored layers are absent)."""
+    """One block: plans by relative layer name (ignored layers are absent).
+
+    With ``keys`` its attention quantizes keys and values.
+    """
 
     structure: BlockStructure
     layers: dict[str, LayerPlan]
+    keys: bool = False
 
     def group_activations(self, group: InputGroup) -> ActivationGrid | None:
         """The grid of the group's input: that of its first quantized layer."""
@@ -136,8 +140,8 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
                 first_solver(solver),
                 rounding,
             )
-        own = block if recipe.prefix is None else _values_fixed(block)
-        blocks.append(BlockPlan(own, layers))
+        own = block if recipe.prefix is None else _prefix_fixed(block)
+        blocks.append(BlockPlan(own, layers, recipe.cache is not None))
         _check_shared_inputs(block, layers)
     outside = (structure.embedding, structure.head, "embedding", "head", "lm_head")
     for pattern in (*recipe.ignore, *(o.match for o in recipe.overrides)):
@@ -157,8 +161,8 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
     return plan
 
 
-def _values_fixed(block: BlockStructure) -> BlockStructure:
-    """The block where no factor may be folded into the values: a prefix has its own already."""
+def _prefix_fixed(block: BlockStructure) -> BlockStructure:
+    """The block where no factor may be folded into keys and values: those of a prefix stay."""
     reason = "it is made of values, and those of the prefix do not take the factor"
     groups = [
         replace(group, source=None, reason=reason)
@@ -167,7 +171,7 @@ def _values_fixed(block: BlockStructure) -> BlockStructure:
         else group
         for group in block.groups
     ]
-    return replace(block, groups=groups)
+    return replace(block, groups=groups, query_key="keys of the prefix do not take the factor")
 
 
 def _outside_grid(

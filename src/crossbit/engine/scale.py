@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossbit.engine.equivalent import trainable
+from crossbit.engine.let import QUERY_KEY, shifted, trainable
 from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
 from crossbit.models.structure import NormSource, RowSource
 from crossbit.recipe import AwqScale, Cfp, CrossFold, Fold, Let, Smooth
 from crossbit.transforms import awq_scale, cfp, cross_fold, smooth
-from crossbit.transforms.fold import fold
+from crossbit.transforms.fold import fold, shift
 from crossbit.transforms.search import FoldChoice, FoldProblem
 
 SAMPLE_ROWS = 2048
@@ -81,6 +81,9 @@ def apply_transforms(
             choice = _CHOOSE[type(config)](_problem(block, plan, state, config), config)
             realised = fold(block, group, choice.factor, stored=stored).float()
             state.rescale(realised)
+            detail = dict(choice.detail)
+            if isinstance(config, Let) and shifted(plan, group, config):
+                detail["shift"] = _shift(block, state, stored)
             records.append(
                 {
                     "group": group.name,
@@ -88,10 +91,35 @@ def apply_transforms(
                     "chosen": choice.parameter,
                     "label": choice.label,
                     "losses": choice.losses,
-                    **choice.detail,
+                    **detail,
                 }
             )
+        pairs = plan.structure.query_key
+        if isinstance(config, Let) and config.qk and plan.keys and isinstance(pairs, str):
+            records.append({"group": QUERY_KEY, "kind": config.kind, "skipped": pairs})
     return records
+
+
+def _shift(block: nn.Module, state: GroupState, stored: torch.dtype) -> float:
+    """Shift a group's input by the middle of each channel's range over the sample.
+
+    OmniQuant's start; massive tokens are not in the sample. The statistics follow.
+
+    Returns:
+        The largest shift.
+    """
+    sample, source = state.sample(SAMPLE_ROWS), state.group.source
+    if not sample.shape[0]:
+        return 0.0
+    low, high = sample.amin(0), sample.amax(0)
+    if isinstance(source, RowSource):  # channels of one row have one shift
+        rows = torch.unique(source.rows, return_inverse=True)[1]
+        empty = torch.zeros(int(rows.max()) + 1)
+        low = empty.scatter_reduce(0, rows, low, "amin", include_self=False)[rows]
+        high = empty.scatter_reduce(0, rows, high, "amax", include_self=False)[rows]
+    realised = shift(block, state.group, (low + high) / 2, stored=stored).float()
+    state.shift(realised)
+    return float(realised.abs().max())
 
 
 def _truncate(

@@ -50,6 +50,7 @@ class InputStatistics:
         self.tokens = 0
         self.massive_tokens = 0
         self.hessian = HessianAccumulator(columns) if hessian else None
+        self._sum = torch.zeros(columns, dtype=torch.float64)  # of what is in the Hessian
         self._sample: list[Tensor] = []
         self._fitting: list[Tensor] = []
         self._factor = torch.ones(columns)
@@ -63,8 +64,7 @@ class InputStatistics:
         self.tokens += x.shape[0]
         if self._ranges:
             self._add_ranges(x)
-        if self.hessian is not None:
-            self.hessian.add(x)
+        self.add_hessian_only(x)
 
     def _add_ranges(self, x: Tensor) -> None:
         magnitude = x.abs().float()
@@ -80,9 +80,11 @@ class InputStatistics:
         self._largest = torch.maximum(self._largest, magnitude.amax(0))
 
     def add_hessian_only(self, x: Tensor) -> None:
-        """Take held-out activations into the Hessian and nothing else."""
+        """Take activations into the Hessian and nothing else: held-out ones."""
         if self.hessian is not None:
-            self.hessian.add(x.reshape(-1, self.columns))
+            x = x.reshape(-1, self.columns)
+            self.hessian.add(x)
+            self._sum += x.sum(0, dtype=torch.float64)
 
     def add_sample(self, x: Tensor) -> None:
         """Keep activations [..., K] of held-out sequences (float32) for searches.
@@ -147,6 +149,7 @@ class InputStatistics:
         self._top_ordinary = self._top_ordinary / f
         self._largest = self._largest / f
         self._abs_sum = self._abs_sum / f.double()
+        self._sum = self._sum / f.double()
         self._sample = [s / f for s in self._sample]
         self._factor = self._factor * f
         if self._matrix is not None:
@@ -163,6 +166,25 @@ class InputStatistics:
             # G^T H G, since (X G)^T (X G) = G^T X^T X G.
             half = rotation.fold(self.hessian_matrix())
             self.hessian_matrix().copy_(rotation.fold(half.t().contiguous()))
+        self._measure_sample()
+
+    def shift(self, shift: Tensor) -> None:
+        """Account for X -> X - shift [K]; nothing can be rotated before.
+
+        Means and maxima are not known of X - shift and are those of its samples from here on.
+        """
+        d = shift.float()
+        self._sample = [self._joined(self._sample) - d]
+        self._fitting = []
+        if self.hessian is not None and self.tokens:
+            # (X - d)^T (X - d) = X^T X - m d^T - d m^T + d d^T, in means.
+            both = torch.outer(self._sum.float() / self.hessian.count - d / 2, d)
+            self.hessian_matrix().sub_(both + both.t())
+            self._sum -= self.hessian.count * d.double()
+        self._measure_sample()
+
+    def _measure_sample(self) -> None:
+        """Make means and maxima those of the sample."""
         if self._sample[0].shape[0]:
             magnitude = self._sample[0].abs()
             self._top = self._top_ordinary = magnitude.amax(0, keepdim=True)

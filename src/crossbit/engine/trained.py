@@ -17,7 +17,8 @@ from crossbit.activations.quantize import (
     per_token_clip_ste,
     per_token_ste,
 )
-from crossbit.engine.equivalent import Equivalent, equivalents
+from crossbit.engine.equivalent import Equivalent
+from crossbit.engine.let import equivalents
 from crossbit.engine.opening import OpenBlock
 from crossbit.engine.plan import BlockPlan, choice_of
 from crossbit.grid import QTensor
@@ -128,7 +129,7 @@ class TrainedBlock:
         layers: those, by relative name.
         kwargs: keyword arguments of its forward.
         record: what the report says of it.
-        equivalents: factors of inputs that are trained.
+        equivalents: factors and shifts that are trained.
     """
 
     index: int
@@ -171,7 +172,7 @@ def make_trainable(
         kwargs: of the block's forward.
         dtype: of computation.
         seed: of what starts at random.
-        let: train factors of its inputs.
+        let: train factors and shifts of its inputs.
     """
     states = {}
     for number, (name, layer) in enumerate(opened.layers.items()):
@@ -183,7 +184,7 @@ def make_trainable(
         states[name] = start_rounding(weight, layer.qtensor, choice, seed=own)
     block = with_states(index, opened, plan, kwargs, dtype, states)
     if let is not None:
-        block.equivalents = equivalents(block.module, plan, block.layers, down=let.down)
+        block.equivalents = equivalents(block.module, plan, block.layers, let)
     return block
 
 
@@ -273,8 +274,8 @@ def clips_of(blocks: Iterable[TrainedBlock], *, trained: bool = False) -> dict[s
 
 
 def factors_of(blocks: Iterable[TrainedBlock]) -> dict[str, Equivalent]:
-    """The trained factors of inputs, by a name that is unique over the blocks."""
-    return {f"factors/{b.index}/{e.group.name}": e for b in blocks for e in b.equivalents}
+    """The trained factors and shifts, by a name that is unique over the blocks."""
+    return {f"factors/{b.index}/{e.name}": e for b in blocks for e in b.equivalents}
 
 
 @contextmanager

@@ -56,6 +56,15 @@ SourceRule = NormRule | RowRule
 
 
 @dataclass(frozen=True)
+class QueryKeyRule:
+    """Which linear layers make queries and keys, and where in their rows."""
+
+    queries: str = "self_attn.q_proj"
+    keys: str = "self_attn.k_proj"
+    layout: Literal["kv_heads", "qkv_stacked", "qkv_per_head"] = "kv_heads"
+
+
+@dataclass(frozen=True)
 class GroupRule:
     """Linear layers (`consumers`) and other weights (`readers`) that read the same tensor."""
 
@@ -80,6 +89,7 @@ class Family:
         name
             in checkpoint files, where it differs.
         outside: linear layers outside the blocks, besides the head.
+        query_key: where queries and keys are.
     """
 
     model_type: str
@@ -90,6 +100,7 @@ class Family:
     experts: str | None = None
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     outside: tuple[str, ...] = ()
+    query_key: QueryKeyRule = QueryKeyRule()
 
 
 _ATTENTION_ROLES = {f"self_attn.{n}": n for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -202,6 +213,7 @@ _PHI3 = Family(
         GroupRule("gate_up", ("mlp.gate_up_proj",), NormRule("post_attention_layernorm")),
         GroupRule("down", ("mlp.down_proj",), RowRule("mlp.gate_up_proj", "second_half")),
     ),
+    query_key=QueryKeyRule("self_attn.qkv_proj", "self_attn.qkv_proj", "qkv_stacked"),
 )
 
 # relu(x / f) = relu(x) / f for f > 0 only; every other activation needs an online multiply.
@@ -272,6 +284,9 @@ _GPT_NEOX = Family(
         ),
     ),
     checkpoint_names=((r"^lm_head\.", "embed_out."),),
+    query_key=QueryKeyRule(
+        "attention.query_key_value", "attention.query_key_value", "qkv_per_head"
+    ),
 )
 
 FAMILIES: dict[str, Family] = {

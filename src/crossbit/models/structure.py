@@ -23,6 +23,7 @@ from crossbit.models.families import (
     RowRule,
     family_of,
 )
+from crossbit.models.scores import QueryKey, query_key, rotary_width
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,15 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """One block: its linear layers by relative name, and its input groups."""
+    """One block: its linear layers by relative name, its input groups, its queries and keys.
+
+    `query_key` is the reason where no factor of queries and keys is exact.
+    """
 
     name: str
     linears: dict[str, LinearInfo]
     groups: list[InputGroup]
+    query_key: QueryKey | str = "they are not known"
 
     def group_of(self, linear: str) -> InputGroup:
         """The input group that the linear layer (relative name) reads."""
@@ -130,10 +135,11 @@ def discover(model: nn.Module) -> ModelStructure:
         raise InputError(f"{family.model_type}: the model has no linear head over the vocabulary")
 
     names, blocks = [], []
+    rotary = rotary_width(model)
     for index, block in enumerate(block_list.children()):
         name = f"{family.blocks}.{index}"
         names.append(name)
-        blocks.append(_block_structure(block, name, family, config))
+        blocks.append(_block_structure(block, name, family, config, rotary))
     if not blocks:
         raise InputError(f"{family.model_type}: {family.blocks!r} is empty; nothing to quantize")
 
@@ -157,7 +163,9 @@ def discover(model: nn.Module) -> ModelStructure:
     )
 
 
-def _block_structure(block: nn.Module, name: str, family: Family, config: object) -> BlockStructure:
+def _block_structure(
+    block: nn.Module, name: str, family: Family, config: object, rotary: int | None
+) -> BlockStructure:
     modules = dict(block.named_modules())
     linears = {
         n: LinearInfo(n, "", m.in_features, m.out_features, m.bias is not None)
@@ -204,7 +212,8 @@ def _block_structure(block: nn.Module, name: str, family: Family, config: object
         for n, i in linears.items()
         if n in roles
     }
-    return BlockStructure(name, kept, groups)
+    pairs = query_key(family.query_key, modules, config, rotary)
+    return BlockStructure(name, kept, groups, pairs)
 
 
 def _expert_indices(linears: Iterable[str], family: Family) -> list[int]:

@@ -12,6 +12,9 @@ where they have them. Rows of a linear layer have one f for many elements, so no
 define it: in float32 and float64 they are simply divided (their rounding is far below that of the
 quantization that follows), in 16-bit storage f is first rounded to a power of two, with which
 neither division nor product rounds.
+
+A shift d of the input is moved likewise (``shift``): what produces x gives x - d, and the biases of
+its readers take up W d.
 """
 
 from __future__ import annotations
@@ -76,6 +79,37 @@ def fold(
     for weight in _weights(block, group):
         weight.copy_(weight.double() * f)
     return f
+
+
+@torch.no_grad()
+def shift(
+    block: nn.Module, group: InputGroup, d: Tensor, *, stored: torch.dtype | None = None
+) -> Tensor:
+    """Shift the input of a group in place: it becomes x - d, and the biases of its readers b + W d.
+
+    Behind rows of values this is exact because the shares of attention add up to one.
+
+    Args:
+        block: as in ``fold``.
+        group: its source, and all that reads the input, have a bias.
+        d: [K]; channels that come from one source row have one shift.
+        stored: dtype in which a norm's bias will be stored, as in ``fold``.
+
+    Returns:
+        The shift that was really applied, float64 [K]: what a norm's bias lost, rounded.
+    """
+    source, d = group.source, d.double()
+    assert source is not None
+    name = source.module if isinstance(source, NormSource) else source.linear
+    bias = _parameter(block.get_submodule(name), "bias")
+    if isinstance(source, NormSource):
+        left = (bias.double() - d).to(stored or bias.dtype)
+        d = bias.double() - left.double()
+        bias.copy_(left)
+    else:
+        bias.copy_(bias.double().index_put((source.rows,), bias[source.rows].double() - d))
+    _absorb(block, group, d)
+    return d
 
 
 def power_of_two(f: Tensor) -> Tensor:
@@ -179,9 +213,9 @@ def _keep_alive(weight: Tensor, old: Tensor, offset: int) -> Tensor:
 
 
 def _absorb(block: nn.Module, group: InputGroup, rest: Tensor) -> None:
-    """Add W rest to the consumers' biases: what rounding the norm's bias took from their input.
+    """Add W rest to the consumers' biases: what was taken from their input.
 
-    Weights are still unfolded here, so `rest` [K] is in units of the unfolded input.
+    `rest` [K] is in units of the input that their weights, as they are now, belong to.
     """
     for name in group.consumers:
         linear = block.get_submodule(name)
