@@ -20,7 +20,7 @@ from crossbit.models.opening import open_tokenizer
 from crossbit.models.source import resolve_model
 from crossbit.models.validate import read_config
 from crossbit.output import RESULT_FILE
-from crossbit.pipeline import check_length
+from crossbit.positions import check_length
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.loader import folder_config, own_dtype, prefix_length
 

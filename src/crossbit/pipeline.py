@@ -37,6 +37,7 @@ from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, companion_bytes, read_result
+from crossbit.positions import check_length
 from crossbit.recipe import Calibration, Gptq, Prefix, Recipe, first_solver
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
@@ -283,17 +284,6 @@ def _prepare(
         notes=[*warnings(recipe, shell.structure), *opened.notes],
         windows=windows,
     )
-
-
-def check_length(config: Any, length: int, prefix: int = 0) -> None:
-    """InputError if sequences of ``length`` tokens after a prefix exceed the model's positions."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and length + prefix > limit:
-        after = f" after a prefix of {prefix}" if prefix else ""
-        raise InputError(
-            f"sequences of {length} tokens{after} are longer than the model's {limit} positions; "
-            f"give --length {limit - prefix} or less"
-        )
 
 
 def check_vocabulary(ids: Tensor, shell: Shell) -> None:

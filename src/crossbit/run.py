@@ -10,6 +10,7 @@ import torch
 from crossbit.engine.plan import ModelPlan
 from crossbit.models.source import ModelFolder
 from crossbit.models.structure import ModelStructure
+from crossbit.positions import free_positions
 from crossbit.recipe import Recipe
 from crossbit.runtime.online import Online
 
@@ -44,5 +45,5 @@ class Run:
 
 def evaluation_length(config: Any, wanted: int, prefix: int = 0) -> int:
     """Tokens of an evaluation window: ``wanted``, or the positions that a prefix leaves."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return wanted if not limit else min(wanted, int(limit) - prefix)
+    free = free_positions(config, prefix)
+    return wanted if free is None else min(wanted, free)

@@ -203,7 +203,8 @@ def test_generation_ends_where_the_positions_do(
     quantize(model, text, tmp_path / "out", recipe(prefix=NAMED))
     free = POSITIONS - len(TOKENS)
     crossbit.generate(tmp_path / "out", "x" * (free - 2), tokens=8)
-    with pytest.raises(InputError, match=f"{free} tokens and the model has positions for {free}"):
+    words = f"continuation of {free + 1} tokens after a prefix of 2 are longer than the model's 512"
+    with pytest.raises(InputError, match=words):
         crossbit.generate(tmp_path / "out", "x" * free, tokens=1)
 
 

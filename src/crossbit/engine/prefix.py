@@ -20,6 +20,7 @@ from crossbit.engine.progress import release_memory
 from crossbit.errors import InputError
 from crossbit.models.experts import Weights, is_expert
 from crossbit.models.shell import Shell
+from crossbit.positions import free_positions
 from crossbit.recipe import Prefix
 from crossbit.runtime.attention import recording_kv
 from crossbit.runtime.online import PrefixTokens, attention_of
@@ -97,11 +98,11 @@ def check_tokens(tokens: Sequence[int], config: Any) -> None:
     """
     if not tokens:
         raise InputError("prefix: the text has no outlier token and the model no BOS; name tokens")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and len(tokens) >= limit:
+    free = free_positions(config, len(tokens))
+    if free is not None and free < 1:
         raise InputError(
-            f"prefix: {len(tokens)} tokens leave none of the model's {limit} positions; "
-            "give fewer tokens"
+            f"prefix: {len(tokens)} tokens leave none of the model's {free + len(tokens)} "
+            "positions; give fewer tokens"
         )
     outside = [token for token in tokens if not 0 <= token < config.vocab_size]
     if outside:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from crossbit.engine.progress import Reporter, release_memory
-from crossbit.errors import InputError
 from crossbit.evaluation.perplexity import window_losses
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
+from crossbit.positions import check_length
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.loader import open_blocks
 
@@ -32,12 +32,7 @@ def losses_of(
     """Mean negative log-likelihood (nats) of every window int64 [W, L] under a local folder."""
     source = open_blocks(folder, dtype=dtype, device=device, execution=execution, divisor=divisor)
     prefix = 0 if source.online.prefix is None else source.online.prefix.ids.numel()
-    limit = getattr(source.shell.config, "max_position_embeddings", None)
-    if prefix and limit and prefix + ids.shape[1] > limit:
-        raise InputError(
-            f"{folder}: windows of {ids.shape[1]} tokens after its prefix of {prefix} exceed the "
-            f"model's {limit} positions; give --length {limit - prefix} or less"
-        )
+    check_length(source.shell.config, ids.shape[1], prefix)
     found = window_losses(source, ids, reporter or Reporter(quiet=True), title)
     del source
     release_memory()

@@ -21,6 +21,7 @@ from crossbit.errors import InputError, WorkError
 from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.quiet import quiet_transformers
+from crossbit.positions import free_positions
 from crossbit.runtime.loader import load_model, prefix_length
 
 
@@ -183,11 +184,6 @@ def _language_model(
     # The harness would set up transformers' own quantizer for it; our layers are in place.
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
-    # None: what the config says, which does not know of a prefix.
-    longest = None
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and (prefix := prefix_length(folder)):
-        longest = limit - prefix
     bos = needs_bos(model.config)
     if bos:
         _make_bos_start(tokenizer, folder)
@@ -195,7 +191,8 @@ def _language_model(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        max_length=longest,
+        # The harness reads it in the config by itself, which does not know of a prefix.
+        max_length=free_positions(model.config, prefix_length(folder)),
         # None: as the tokenizer itself does, the harness's default.
         add_bos_token=True if bos else None,
     )

@@ -14,6 +14,7 @@ from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.quiet import quiet_transformers
 from crossbit.models.validate import read_config, weight_layout
+from crossbit.positions import check_length, free_positions
 from crossbit.runtime.loader import folder_config, load_model, prefix_length
 
 
@@ -43,15 +44,12 @@ def generate_text(
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if bos:
         ids = torch.cat((torch.tensor([[tokenizer.bos_token_id]]), ids), dim=1)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None:
-        limit -= prefix_length(folder)
-        if ids.shape[1] >= limit:
-            raise InputError(
-                f"the prompt has {ids.shape[1]} tokens and the model has positions for {limit}; "
-                "give a shorter prompt"
-            )
-        tokens = min(tokens, limit - ids.shape[1])
+    prefix = prefix_length(folder)
+    what = "a prompt and its continuation"
+    check_length(config, ids.shape[1] + 1, prefix, what=what, option=None)
+    free = free_positions(config, prefix)
+    if free is not None:
+        tokens = min(tokens, free - ids.shape[1])
     model: Any
     if is_research(read_config(folder)):
         model = load_model(folder, dtype=dtype, device=device)
