@@ -193,10 +193,9 @@ def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _prefix(run: Run) -> dict[str, Any] | None:
     """The tokens before every text, and what they say."""
-    if run.online.prefix is None:
+    if not run.prefix:
         return None
-    tokens = run.online.prefix.ids.tolist()
-    return {"tokens": tokens, "text": run.tokenizer.decode(tokens)}
+    return {"tokens": run.prefix, "text": run.tokenizer.decode(run.prefix)}
 
 
 def _parameters(run: Run) -> int:
@@ -243,12 +242,17 @@ def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | No
     settings = run.recipe.evaluation
     if settings.windows == 0:
         return None
-    length = evaluation_length(run.config, settings.length, run.prefix)
+    length = evaluation_length(run.config, settings.length, len(run.prefix))
     corpus = load_text(settings.text, split="evaluation", tokenizer=run.tokenizer)
-    ids = evaluation_windows(
-        corpus, run.tokenizer, length=length, windows=None, bos=needs_bos(run.config)
-    )[: settings.windows]
-    options: dict[str, Any] = {"dtype": run.dtype, "device": run.device, "reporter": reporter}
+    bos = needs_bos(run.config, run.prefix)
+    ids = evaluation_windows(corpus, run.tokenizer, length=length, windows=None, bos=bos)
+    ids = ids[: settings.windows]
+    options: dict[str, Any] = {
+        "start": None if bos else run.tokenizer.bos_token_id,
+        "dtype": run.dtype,
+        "device": run.device,
+        "reporter": reporter,
+    }
     original = losses_of(run.folder.path, ids, title="evaluating the original", **options)
     quantized = losses_of(staged, ids, title="evaluating the result", **options)
     return {
@@ -257,7 +261,7 @@ def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | No
         "windows": len(ids),
         "tokens": int(ids.numel()),
         "dtype": str(run.dtype).removeprefix("torch."),
-        "bos": needs_bos(run.config),
+        "bos": bos,
         "path": "fake-quant" if run.recipe.research else "exported integers",
         **compare_losses(original, quantized),
     }
@@ -268,9 +272,9 @@ def _verify(run: Run, staged: Path, digests: dict[str, str], result: dict[str, A
     ids = evaluation_windows(
         text,
         run.tokenizer,
-        length=evaluation_length(run.config, VERIFY_TOKENS, run.prefix),
+        length=evaluation_length(run.config, VERIFY_TOKENS, len(run.prefix)),
         windows=1,
-        bos=needs_bos(run.config),
+        bos=needs_bos(run.config, run.prefix),
     )
     names = sorted(p.name for p in staged.iterdir() if not p.name.endswith(".safetensors"))
     record = VerifyRecord(

@@ -22,7 +22,7 @@ from crossbit.device import check_device
 from crossbit.engine.head import head_hessian
 from crossbit.engine.job import Job, needs_calibration
 from crossbit.engine.loop import run_blocks
-from crossbit.engine.prefix import choose_prefix, outlier_tokens, prefix_tokens
+from crossbit.engine.prefix import choose_prefix, outlier_tokens, prefix_tokens, starts_with_bos
 from crossbit.engine.prepare import OpenModel, open_model
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import PREFIX, WorkDir
@@ -251,7 +251,7 @@ def _prepare(
             samples=settings.samples,
             length=settings.length,
             seed=settings.seed,
-            bos=needs_bos(config),
+            bos=starts_with_bos(config, recipe.prefix),
         )
         check_vocabulary(ids, shell)
         calibration = _calibration_record(settings, corpus, ids)
@@ -263,7 +263,7 @@ def _prepare(
             tokenizer,
             length=evaluation_length(config, recipe.evaluation.length),
             windows=None,
-            bos=needs_bos(config),
+            bos=starts_with_bos(config, recipe.prefix),
         )
         check_vocabulary(found, shell)
         windows = len(found)
@@ -350,10 +350,13 @@ def _prefix(prepared: Prepared, directory: WorkDir, config: Prefix) -> PrefixTok
         if tokens is None:
             assert prepared.ids is not None
             ids = prepared.ids[: config.sequences]
+            first = getattr(prepared.config, "bos_token_id", None)
+            if first is not None and needs_bos(prepared.config):
+                # The windows have none, for the prefix will; here it is not there yet.
+                ids = torch.cat((torch.full((len(ids), 1), first), ids), dim=1)
             original = Shell(prepared.config, device=str(opened.shell.device))
             original.load_outside(opened.files, prepared.dtype)
             outliers = outlier_tokens(original, opened.files, ids, config)
-            first = getattr(prepared.config, "bos_token_id", None)
             tokens = tuple(choose_prefix(ids, outliers, first, config))
             del original
         if prepared.ids is not None:

@@ -38,9 +38,9 @@ class Run:
     started: float
 
     @property
-    def prefix(self) -> int:
+    def prefix(self) -> list[int]:
         """Tokens before every text."""
-        return 0 if self.online.prefix is None else self.online.prefix.ids.numel()
+        return [] if self.online.prefix is None else self.online.prefix.ids.tolist()
 
 
 def evaluation_length(config: Any, wanted: int, prefix: int = 0) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from crossbit.engine.progress import release_memory
 from crossbit.errors import InputError
 from crossbit.models.experts import Weights, is_expert
+from crossbit.models.families import needs_bos
 from crossbit.models.shell import Shell
 from crossbit.positions import free_positions
 from crossbit.recipe import Prefix
@@ -88,6 +89,17 @@ def choose_prefix(ids: Tensor, outliers: Tensor, first: int | None, config: Pref
     wanted = min(math.ceil(mean), config.largest - (first is not None))
     frequent = sorted(counts, key=lambda token: (-counts[token], token))[: max(0, wanted)]
     return [*frequent, *([] if first is None else [first])]
+
+
+def starts_with_bos(config: Any, prefix: Prefix | None) -> bool:
+    """Whether windows of text start with BOS, in a run with the prefix of a recipe if it has one.
+
+    A prefix that has yet to be searched ends with BOS, see ``choose_prefix``.
+    """
+    if prefix is None:
+        return needs_bos(config)
+    first = getattr(config, "bos_token_id", None)
+    return needs_bos(config, prefix.tokens or (() if first is None else (first,)))
 
 
 def check_tokens(tokens: Sequence[int], config: Any) -> None:
