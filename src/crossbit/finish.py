@@ -239,6 +239,10 @@ def _warnings(
 
 
 def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | None:
+    """Perplexities of the original and of the result on the same windows, None if none are asked.
+
+    Each model is as its user runs it: a prefix stands before the result's windows only.
+    """
     settings = run.recipe.evaluation
     if settings.windows == 0:
         return None
