@@ -85,7 +85,7 @@ def _write_config(run: Run, staged: Path, stored: Iterable[str]) -> None:
     config["dtype"] = str(run.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = run.structure.tied
     config["quantization_config"] = folder_config(run.structure, run.plan)
-    if run.recipe.kind != "plain":
+    if run.kind != "plain":
         grids = {}
         for block in run.plan.blocks:
             for relative, layer in block.layers.items():
@@ -93,7 +93,7 @@ def _write_config(run: Run, staged: Path, stored: Iterable[str]) -> None:
                     name = stored_name(run.structure.family, f"{block.structure.name}.{relative}")
                     grids[name] = layer.activations
         online = replace(run.online, rotations=rotated(stored))
-        config = wrap(config, grids, run.recipe.kind, online.to_json())
+        config = wrap(config, grids, run.kind, online.to_json())
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(staged / "config.json", text)
 
@@ -113,7 +113,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
     size = _size(run, staged, parameters)
     return {
         "crossbit": crossbit.__version__,
-        "kind": run.recipe.kind,
+        "kind": run.kind,
         "manifest": run.manifest,
         "model": {
             "name": run.folder.name,

@@ -174,6 +174,7 @@ def _work(
     run = Run(
         folder=prepared.folder,
         recipe=prepared.recipe,
+        kind=prepared.model.recipe.kind,
         config=prepared.config,
         tokenizer=open_tokenizer(prepared.folder.path),
         structure=prepared.model.shell.structure,
@@ -281,7 +282,7 @@ def _prepare(
         dtype=dtype or own_dtype(config),
         calibration=calibration,
         ids=ids,
-        notes=[*warnings(recipe, shell.structure), *opened.notes],
+        notes=[*warnings(opened.recipe, shell.structure), *opened.notes],
         windows=windows,
     )
 

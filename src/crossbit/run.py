@@ -11,7 +11,7 @@ from crossbit.engine.plan import ModelPlan
 from crossbit.models.source import ModelFolder
 from crossbit.models.structure import ModelStructure
 from crossbit.positions import free_positions
-from crossbit.recipe import Recipe
+from crossbit.recipe import Kind, Recipe
 from crossbit.runtime.online import Online
 
 VERIFY_TOKENS = 512  # of text that verification compares logits on
@@ -19,10 +19,11 @@ VERIFY_TOKENS = 512  # of text that verification compares logits on
 
 @dataclass(frozen=True)
 class Run:
-    """What the run knows when its blocks are done."""
+    """What the run knows when its blocks are done; ``kind`` says who executes the result."""
 
     folder: ModelFolder
     recipe: Recipe
+    kind: Kind
     config: Any
     tokenizer: Any
     structure: ModelStructure

@@ -82,10 +82,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return make
 
 
-def opened(path: Path, **rotate: Any) -> OpenModel:
+def opened(path: Path, activations: Any = None, **rotate: Any) -> OpenModel:
     """The model as a run opens it."""
     data = {"transforms": [{"kind": "rotate", **rotate}], "embedding": None, "head": None}
-    recipe = Recipe.parse(data, "rotated")
+    recipe = Recipe.parse({**data, "activations": activations}, "rotated")
     check_recipe(recipe)
     model = resolve_model(str(path))
     return open_model(model, open_config(model.path), recipe, "cpu")
@@ -396,6 +396,14 @@ def test_experts_keep_their_inputs_and_that_is_said(folder: Folder) -> None:
         model = opened(folder(family), down=True)
         assert "the input of the experts' down_proj is not rotated" in " ".join(model.notes)
         assert bool(model.online) is online
+        assert model.recipe.kind == ("online" if online else "plain")
+
+
+def test_what_only_an_online_recipe_may_needs_something_online(folder: Folder) -> None:
+    static = {"bits": 4, "kind": "per_tensor_static"}
+    assert opened(folder("llama"), down=True, activations=static).recipe.kind == "online"
+    with pytest.raises(InputError, match="static per-tensor activations below 8 bits"):
+        opened(folder("mixtral"), down=True, activations=static)
 
 
 # -- widths ---------------------------------------------------------------------------------------
