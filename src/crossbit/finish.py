@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from crossbit.engine.progress import Reporter, peak_memory
 from crossbit.engine.workdir import PREFIX, WorkDir, part_name
 from crossbit.errors import WorkError
 from crossbit.evaluation.run import compare_losses, losses_of
-from crossbit.export.artifact import folder_config, stored_name
-from crossbit.export.research import rotated, wrap
+from crossbit.export.artifact import folder_config, rotated, stored_name
+from crossbit.export.research import wrap
 from crossbit.export.shards import ShardWriter
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.families import needs_bos
@@ -77,7 +77,7 @@ def _write_weights(run: Run, work: WorkDir, staged: Path) -> ShardWriter:
     return writer
 
 
-def _write_config(run: Run, staged: Path, stored: Iterable[str]) -> None:
+def _write_config(run: Run, staged: Path, stored: Container[str]) -> None:
     """config.json; ``stored`` are the names of all tensors."""
     config = json.loads((run.folder.path / "config.json").read_text("utf8"))
     config.pop("quantization_config", None)
@@ -92,7 +92,7 @@ def _write_config(run: Run, staged: Path, stored: Iterable[str]) -> None:
                 if layer.activations is not None:
                     name = stored_name(run.structure.family, f"{block.structure.name}.{relative}")
                     grids[name] = layer.activations
-        online = replace(run.online, rotations=rotated(stored))
+        online = replace(run.online, rotations=rotated(run.structure.family, run.plan, stored))
         config = wrap(config, grids, run.kind, online.to_json())
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(staged / "config.json", text)

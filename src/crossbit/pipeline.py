@@ -312,7 +312,7 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> Online:
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
         plan = opened.plan.blocks[index]
         family = shell.structure.family
-        return block_tensors(family, plan.structure.name, block, layers, plan.layers, dtype)
+        return block_tensors(family, plan, block, layers, dtype)
 
     job = Job(
         shell,

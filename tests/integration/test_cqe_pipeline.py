@@ -163,16 +163,21 @@ def test_rotated_inputs_are_online(turned: Any) -> None:
     assert config["crossbit_kind"] == "online"
     stored = load_file(out / "model.safetensors")
     firsts = {n.removesuffix(".input_rotation_first") for n in stored if n.endswith("_first")}
-    assert len(firsts) == 7 * BLOCKS
-    assert sorted(firsts) == config["crossbit_online"]["rotations"]
+    keepers = config["crossbit_online"]["rotations"]
+    assert len(keepers) == 7 * BLOCKS
+    assert firsts == set(keepers.values())
+    block = "model.layers.1."
+    assert {n.removeprefix(block): k for n, k in keepers.items() if n.startswith(block)} == {
+        **{f"self_attn.{n}_proj": f"{block}self_attn.q_proj" for n in "qkv"},
+        "self_attn.o_proj": f"{block}self_attn.o_proj",
+        **{f"mlp.{n}_proj": f"{block}mlp.gate_proj" for n in ("gate", "up")},
+        "mlp.down_proj": f"{block}mlp.down_proj",
+    }
     for name in firsts:
         width = stored[f"{name}.input_rotation_permutation"].numel()
         assert width == (128 if name.endswith("down_proj") else 64)
         assert stored[f"{name}.input_rotation_second"].shape == (16, 16)
         assert stored[f"{name}.input_rotation_first"].dtype == torch.float32
-    group = [f"model.layers.1.self_attn.{n}_proj.input_rotation_first" for n in "qkv"]
-    assert torch.equal(stored[group[0]], stored[group[1]])
-    assert torch.equal(stored[group[0]], stored[group[2]])
 
 
 def test_what_is_read_is_what_was_evaluated(turned: Any) -> None:
@@ -197,9 +202,11 @@ def test_rotations_are_applied_when_it_is_read(turned: Any, tmp_path: Path) -> N
     assert not verify(other).passed
 
 
+UP, GATE = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"
 FIRST, PERMUTATION = "input_rotation_first", "input_rotation_permutation"
 
 
+@pytest.mark.parametrize("reader", [GATE, UP])
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
@@ -218,11 +225,11 @@ FIRST, PERMUTATION = "input_rotation_first", "input_rotation_permutation"
     ],
 )
 def test_a_damaged_rotation_is_named(
-    part: str, value: Any, message: str, turned: Any, tmp_path: Path
+    part: str, value: Any, message: str, reader: str, turned: Any, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(turned[0], tmp_path / "other"))
     stored = load_file(other / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj"
+    name = GATE
     parts = [n for n in stored if n.startswith(f"{name}.input_rotation")]
     for tensor in parts if part == "all" else [f"{name}.{part}"]:
         del stored[tensor]
@@ -230,7 +237,7 @@ def test_a_damaged_rotation_is_named(
         stored[f"{name}.{part}"] = value
     save_file(stored, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=message) as found:
-        QuantizedCheckpoint(other).layer(name)
+        QuantizedCheckpoint(other).layer(reader)
     assert name in str(found.value)
     assert "\n" not in str(found.value)
     with pytest.raises(InputError, match=message):
@@ -240,8 +247,10 @@ def test_a_damaged_rotation_is_named(
 @pytest.mark.parametrize(
     ("rotations", "message"),
     [
-        ([], "input_rotation_first contradicts the config"),
-        (["model.layers.9.mlp.up_proj"], "is not quantized in the file|contradicts"),
+        ({}, "input_rotation_first contradicts the config"),
+        ({UP: UP}, "up_proj.input_rotation_permutation is missing|contradicts the config"),
+        ({UP: GATE}, "input_rotation_first contradicts the config"),
+        ([UP], "damaged crossbit_online"),
         ("model", "damaged crossbit_online"),
         (None, "damaged crossbit_online"),
     ],
@@ -260,7 +269,7 @@ def test_a_config_that_does_not_match_is_named(
 def test_a_module_that_is_not_there_is_named(turned: Any, tmp_path: Path) -> None:
     other = Path(shutil.copytree(turned[0], tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
-    config["crossbit_online"]["rotations"].append("model.layers.9.mlp.up_proj")
+    config["crossbit_online"]["rotations"][UP.replace("1", "9")] = GATE
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"layers.9.mlp.up_proj as rotated, which is not"):
         QuantizedCheckpoint(other)

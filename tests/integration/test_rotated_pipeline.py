@@ -41,7 +41,7 @@ TRAINED = custom(
 
 NOTHING: dict[str, Any] = {
     "hadamard": {},
-    "rotations": [],
+    "rotations": {},
     "keys": False,
     "cache": None,
     "prefix": None,
