@@ -56,6 +56,16 @@ def interrupted_at(moment: tuple[int, int]) -> Iterator[None]:
             yield
 
 
+def killed_and_resumed(
+    moment: tuple[int, int], model: Path, text: Path, out: Path, chosen: Recipe
+) -> None:
+    """Stop a run in a window after some steps, then go on."""
+    with interrupted_at(moment):
+        train(model, text, out, chosen)
+    assert (out.with_name("out.crossbit-work") / "training.safetensors").exists()
+    train(model, text, out, chosen, resume=True)
+
+
 def weights_of(out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
