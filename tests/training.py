@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipelines import custom, run
+from tests.pipelines import custom, run, shorten
 
 from crossbit import Recipe
 from crossbit.engine import window
@@ -73,6 +73,16 @@ def weights_of(out: Path) -> bytes:
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def uninterrupted(out: Path, model: Path, text: Path, chosen: Recipe) -> Path:
+    """The folder of a whole run, which leaves the model as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        before = digests(model)
+        train(model, text, out, chosen)
+        assert digests(model) == before
+    return out
 
 
 # All blocks together afterwards, on the logits.
