@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipelines import custom, run
+from tests.pipelines import custom, run, shorten
 
 from crossbit import Recipe
 from crossbit.engine import window
@@ -56,6 +56,16 @@ def interrupted_at(moment: tuple[int, int]) -> Iterator[None]:
             yield
 
 
+def killed_and_resumed(
+    moment: tuple[int, int], model: Path, text: Path, out: Path, chosen: Recipe
+) -> None:
+    """Stop a run in a window after some steps, then go on."""
+    with interrupted_at(moment):
+        train(model, text, out, chosen)
+    assert (out.with_name("out.crossbit-work") / "training.safetensors").exists()
+    train(model, text, out, chosen, resume=True)
+
+
 def weights_of(out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
@@ -63,6 +73,16 @@ def weights_of(out: Path) -> bytes:
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def uninterrupted(out: Path, model: Path, text: Path, chosen: Recipe) -> Path:
+    """The folder of a whole run, which leaves the model as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        before = digests(model)
+        train(model, text, out, chosen)
+        assert digests(model) == before
+    return out
 
 
 # All blocks together afterwards, on the logits.

@@ -20,9 +20,9 @@ from crossbit.models.opening import open_tokenizer
 from crossbit.models.source import resolve_model
 from crossbit.models.validate import read_config
 from crossbit.output import RESULT_FILE
-from crossbit.pipeline import check_length
+from crossbit.positions import check_length
 from crossbit.runtime.linear import Execution
-from crossbit.runtime.loader import folder_config, own_dtype, prefix_length
+from crossbit.runtime.loader import folder_config, folder_prefix, own_dtype
 
 
 def local_folder(model: str, revision: str | None = None) -> Path:
@@ -90,14 +90,17 @@ def evaluate(
     folder = local_folder(model, revision)
     config: Any = folder_config(folder)
     other = local_folder(against) if against is not None else None
+    bos = True
     for one in (folder, *([] if other is None else [other])):
-        check_length(folder_config(one), length, prefix_length(one))
+        described, prefix = folder_config(one), folder_prefix(one)
+        check_length(described, length, len(prefix))
+        bos = bos and needs_bos(described, prefix)
     tokenizer = open_tokenizer(folder)
     corpus = load_text(text, split="evaluation", tokenizer=tokenizer)
-    bos = needs_bos(config)
     ids = evaluation_windows(corpus, tokenizer, length=length, windows=windows, bos=bos)
     if other is not None and folder_config(other).vocab_size != config.vocab_size:
         raise InputError(f"--against {against}: another vocabulary; the two cannot be compared")
+    start = None if bos else tokenizer.bos_token_id
     scores: dict[str, Any] = {}
     if tasks:
         # First: an unknown task or missing data is found before any work.
@@ -107,6 +110,7 @@ def evaluate(
     losses = losses_of(
         folder,
         ids,
+        start=start,
         dtype=dtype,
         device=device,
         execution=execution,
@@ -130,7 +134,13 @@ def evaluate(
     }
     if other is not None:
         reference = losses_of(
-            other, ids, dtype=dtype, device=device, reporter=reporter, title="evaluating --against"
+            other,
+            ids,
+            start=start,
+            dtype=dtype,
+            device=device,
+            reporter=reporter,
+            title="evaluating --against",
         )
         result["against"] = {"model": against, **estimate(perplexity(reference), "value")}
         result["against"]["losses"] = reference

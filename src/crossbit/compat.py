@@ -284,6 +284,12 @@ RULES: tuple[Rule, ...] = (
         "a rounding with parameter none, steps false and no expansion has nothing to train",
         "parameter full or low_rank, steps true, an expansion, or the solver under `start` alone",
     ),
+    Rule(
+        lambda r: bool(r.objective.homologous) and not r.objective.ahead[0],
+        "objective.homologous is a second target of the window's own output, on which ahead puts "
+        "no weight",
+        "a first weight above 0 in objective.ahead, or homologous: 0",
+    ),
 )
 
 

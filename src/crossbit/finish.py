@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from crossbit.engine.progress import Reporter, peak_memory
 from crossbit.engine.workdir import PREFIX, WorkDir, part_name
 from crossbit.errors import WorkError
 from crossbit.evaluation.run import compare_losses, losses_of
-from crossbit.export.artifact import folder_config, stored_name
-from crossbit.export.research import rotated, wrap
+from crossbit.export.artifact import folder_config, rotated, stored_name
+from crossbit.export.research import wrap
 from crossbit.export.shards import ShardWriter
 from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.families import needs_bos
@@ -77,7 +77,7 @@ def _write_weights(run: Run, work: WorkDir, staged: Path) -> ShardWriter:
     return writer
 
 
-def _write_config(run: Run, staged: Path, stored: Iterable[str]) -> None:
+def _write_config(run: Run, staged: Path, stored: Container[str]) -> None:
     """config.json; ``stored`` are the names of all tensors."""
     config = json.loads((run.folder.path / "config.json").read_text("utf8"))
     config.pop("quantization_config", None)
@@ -85,15 +85,15 @@ def _write_config(run: Run, staged: Path, stored: Iterable[str]) -> None:
     config["dtype"] = str(run.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = run.structure.tied
     config["quantization_config"] = folder_config(run.structure, run.plan)
-    if run.recipe.kind != "plain":
+    if run.kind != "plain":
         grids = {}
         for block in run.plan.blocks:
             for relative, layer in block.layers.items():
                 if layer.activations is not None:
                     name = stored_name(run.structure.family, f"{block.structure.name}.{relative}")
                     grids[name] = layer.activations
-        online = replace(run.online, rotations=rotated(stored))
-        config = wrap(config, grids, run.recipe.kind, online.to_json())
+        online = replace(run.online, rotations=rotated(run.structure.family, run.plan, stored))
+        config = wrap(config, grids, run.kind, online.to_json())
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(staged / "config.json", text)
 
@@ -113,7 +113,7 @@ def _result(run: Run, work: WorkDir, staged: Path) -> dict[str, Any]:
     size = _size(run, staged, parameters)
     return {
         "crossbit": crossbit.__version__,
-        "kind": run.recipe.kind,
+        "kind": run.kind,
         "manifest": run.manifest,
         "model": {
             "name": run.folder.name,
@@ -193,10 +193,9 @@ def _alpha_summary(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _prefix(run: Run) -> dict[str, Any] | None:
     """The tokens before every text, and what they say."""
-    if run.online.prefix is None:
+    if not run.prefix:
         return None
-    tokens = run.online.prefix.ids.tolist()
-    return {"tokens": tokens, "text": run.tokenizer.decode(tokens)}
+    return {"tokens": run.prefix, "text": run.tokenizer.decode(run.prefix)}
 
 
 def _parameters(run: Run) -> int:
@@ -240,15 +239,24 @@ def _warnings(
 
 
 def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | None:
+    """Perplexities of the original and of the result on the same windows, None if none are asked.
+
+    Each model is as its user runs it: a prefix stands before the result's windows only.
+    """
     settings = run.recipe.evaluation
     if settings.windows == 0:
         return None
-    length = evaluation_length(run.config, settings.length, run.prefix)
+    length = evaluation_length(run.config, settings.length, len(run.prefix))
     corpus = load_text(settings.text, split="evaluation", tokenizer=run.tokenizer)
-    ids = evaluation_windows(
-        corpus, run.tokenizer, length=length, windows=None, bos=needs_bos(run.config)
-    )[: settings.windows]
-    options: dict[str, Any] = {"dtype": run.dtype, "device": run.device, "reporter": reporter}
+    bos = needs_bos(run.config, run.prefix)
+    ids = evaluation_windows(corpus, run.tokenizer, length=length, windows=None, bos=bos)
+    ids = ids[: settings.windows]
+    options: dict[str, Any] = {
+        "start": None if bos else run.tokenizer.bos_token_id,
+        "dtype": run.dtype,
+        "device": run.device,
+        "reporter": reporter,
+    }
     original = losses_of(run.folder.path, ids, title="evaluating the original", **options)
     quantized = losses_of(staged, ids, title="evaluating the result", **options)
     return {
@@ -257,7 +265,7 @@ def _evaluate(run: Run, staged: Path, reporter: Reporter) -> dict[str, Any] | No
         "windows": len(ids),
         "tokens": int(ids.numel()),
         "dtype": str(run.dtype).removeprefix("torch."),
-        "bos": needs_bos(run.config),
+        "bos": bos,
         "path": "fake-quant" if run.recipe.research else "exported integers",
         **compare_losses(original, quantized),
     }
@@ -268,9 +276,9 @@ def _verify(run: Run, staged: Path, digests: dict[str, str], result: dict[str, A
     ids = evaluation_windows(
         text,
         run.tokenizer,
-        length=evaluation_length(run.config, VERIFY_TOKENS, run.prefix),
+        length=evaluation_length(run.config, VERIFY_TOKENS, len(run.prefix)),
         windows=1,
-        bos=needs_bos(run.config),
+        bos=needs_bos(run.config, run.prefix),
     )
     names = sorted(p.name for p in staged.iterdir() if not p.name.endswith(".safetensors"))
     record = VerifyRecord(

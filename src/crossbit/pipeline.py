@@ -22,7 +22,7 @@ from crossbit.device import check_device
 from crossbit.engine.head import head_hessian
 from crossbit.engine.job import Job, needs_calibration
 from crossbit.engine.loop import run_blocks
-from crossbit.engine.prefix import choose_prefix, outlier_tokens, prefix_tokens
+from crossbit.engine.prefix import choose_prefix, outlier_tokens, prefix_tokens, starts_with_bos
 from crossbit.engine.prepare import OpenModel, open_model
 from crossbit.engine.progress import Reporter, peak_memory, release_memory
 from crossbit.engine.workdir import PREFIX, WorkDir
@@ -37,6 +37,7 @@ from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, companion_bytes, read_result
+from crossbit.positions import check_length
 from crossbit.recipe import Calibration, Gptq, Prefix, Recipe, first_solver
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
@@ -173,6 +174,7 @@ def _work(
     run = Run(
         folder=prepared.folder,
         recipe=prepared.recipe,
+        kind=prepared.model.recipe.kind,
         config=prepared.config,
         tokenizer=open_tokenizer(prepared.folder.path),
         structure=prepared.model.shell.structure,
@@ -250,7 +252,7 @@ def _prepare(
             samples=settings.samples,
             length=settings.length,
             seed=settings.seed,
-            bos=needs_bos(config),
+            bos=starts_with_bos(config, recipe.prefix),
         )
         check_vocabulary(ids, shell)
         calibration = _calibration_record(settings, corpus, ids)
@@ -262,7 +264,7 @@ def _prepare(
             tokenizer,
             length=evaluation_length(config, recipe.evaluation.length),
             windows=None,
-            bos=needs_bos(config),
+            bos=starts_with_bos(config, recipe.prefix),
         )
         check_vocabulary(found, shell)
         windows = len(found)
@@ -280,20 +282,9 @@ def _prepare(
         dtype=dtype or own_dtype(config),
         calibration=calibration,
         ids=ids,
-        notes=[*warnings(recipe, shell.structure), *opened.notes],
+        notes=[*warnings(opened.recipe, shell.structure), *opened.notes],
         windows=windows,
     )
-
-
-def check_length(config: Any, length: int, prefix: int = 0) -> None:
-    """InputError if sequences of ``length`` tokens after a prefix exceed the model's positions."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and length + prefix > limit:
-        after = f" after a prefix of {prefix}" if prefix else ""
-        raise InputError(
-            f"sequences of {length} tokens{after} are longer than the model's {limit} positions; "
-            f"give --length {limit - prefix} or less"
-        )
 
 
 def check_vocabulary(ids: Tensor, shell: Shell) -> None:
@@ -321,7 +312,7 @@ def _run(prepared: Prepared, directory: WorkDir, reporter: Reporter) -> Online:
     def write(index: int, block: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
         plan = opened.plan.blocks[index]
         family = shell.structure.family
-        return block_tensors(family, plan.structure.name, block, layers, plan.layers, dtype)
+        return block_tensors(family, plan, block, layers, dtype)
 
     job = Job(
         shell,
@@ -360,10 +351,13 @@ def _prefix(prepared: Prepared, directory: WorkDir, config: Prefix) -> PrefixTok
         if tokens is None:
             assert prepared.ids is not None
             ids = prepared.ids[: config.sequences]
+            first = getattr(prepared.config, "bos_token_id", None)
+            if first is not None and needs_bos(prepared.config):
+                # The windows have none, for the prefix will; here it is not there yet.
+                ids = torch.cat((torch.full((len(ids), 1), first), ids), dim=1)
             original = Shell(prepared.config, device=str(opened.shell.device))
             original.load_outside(opened.files, prepared.dtype)
             outliers = outlier_tokens(original, opened.files, ids, config)
-            first = getattr(prepared.config, "bos_token_id", None)
             tokens = tuple(choose_prefix(ids, outliers, first, config))
             del original
         if prepared.ids is not None:

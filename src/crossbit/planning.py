@@ -23,7 +23,8 @@ from crossbit.estimate.work import operations
 from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.source import resolve_model
 from crossbit.output import OutputFolder, companion_bytes
-from crossbit.pipeline import check_length, with_options
+from crossbit.pipeline import with_options
+from crossbit.positions import check_length
 from crossbit.recipe import Recipe
 from crossbit.runtime.loader import own_dtype
 

@@ -39,6 +39,8 @@ from crossbit.recipe_transforms import Rotate as Rotate
 from crossbit.recipe_transforms import Smooth as Smooth
 from crossbit.recipe_transforms import Transform as Transform
 
+Kind = Literal["plain", "online", "research"]
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -301,7 +303,7 @@ class Recipe(Strict):
         return rotates or any(other is not None for other in others)
 
     @property
-    def kind(self) -> Literal["plain", "online", "research"]:
+    def kind(self) -> Kind:
         """Who executes the result: any runtime, crossbit's own, or crossbit's evaluation alone."""
         if self.research:
             return "research"

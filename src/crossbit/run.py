@@ -10,7 +10,8 @@ import torch
 from crossbit.engine.plan import ModelPlan
 from crossbit.models.source import ModelFolder
 from crossbit.models.structure import ModelStructure
-from crossbit.recipe import Recipe
+from crossbit.positions import free_positions
+from crossbit.recipe import Kind, Recipe
 from crossbit.runtime.online import Online
 
 VERIFY_TOKENS = 512  # of text that verification compares logits on
@@ -18,10 +19,11 @@ VERIFY_TOKENS = 512  # of text that verification compares logits on
 
 @dataclass(frozen=True)
 class Run:
-    """What the run knows when its blocks are done."""
+    """What the run knows when its blocks are done; ``kind`` says who executes the result."""
 
     folder: ModelFolder
     recipe: Recipe
+    kind: Kind
     config: Any
     tokenizer: Any
     structure: ModelStructure
@@ -37,12 +39,12 @@ class Run:
     started: float
 
     @property
-    def prefix(self) -> int:
+    def prefix(self) -> list[int]:
         """Tokens before every text."""
-        return 0 if self.online.prefix is None else self.online.prefix.ids.numel()
+        return [] if self.online.prefix is None else self.online.prefix.ids.tolist()
 
 
 def evaluation_length(config: Any, wanted: int, prefix: int = 0) -> int:
     """Tokens of an evaluation window: ``wanted``, or the positions that a prefix leaves."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return wanted if not limit else min(wanted, int(limit) - prefix)
+    free = free_positions(config, prefix)
+    return wanted if free is None else min(wanted, free)

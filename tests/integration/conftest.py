@@ -35,6 +35,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> dict[str, Path]:
+    """Tiny models by family."""
+    place = tmp_path_factory.mktemp("models")
+    others = {n: tiny_folder(place / n, n) for n in ("gemma3_text", "opt", "mixtral")}
+    return {**others, "llama": llama}
+
+
+@pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with ``text.txt`` beside it."""
     place = tmp_path_factory.mktemp("bad")

@@ -71,9 +71,9 @@ def test_analyze(cli: Cli, source: Path, text: Path, tmp_path: Path) -> None:
         few = ["--samples", "2", "--length", "32", "--calibration", str(text), "--text", str(text)]
         return cli("analyze", source, *few, *options).refusal
 
-    assert "--window-length 600" in refused("--window-length", "600")
+    assert "windows of 600 tokens" in refused("--window-length", "600")
     assert "--windows -1" in refused("--windows", "-1")
-    assert "--length 600" in refused("--length", "600")
+    assert "sequences of 600 tokens" in refused("--length", "600")
     assert "no such text" in refused("--text", tmp_path / "none.txt")
     assert "not a folder" in refused("--out", text)
     assert "cannot be written" in refused("--json", "/dev/null/a.json")
@@ -98,7 +98,10 @@ def test_generate(cli: Cli, source: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(source, tmp_path / "model"))
     assert "prompt is empty" in cli("generate", source, "").refusal
     assert "--tokens 0" in cli("generate", source, "hi", "--tokens", "0").refusal
-    assert "positions for 512" in cli("generate", source, "a" * 512).refusal
+    assert (
+        "513 tokens are longer than the model's 512 positions"
+        in cli("generate", source, "a" * 512).refusal
+    )
     assert "no such model" in cli("generate", "nosuch", "hi").refusal
     (model / "chat_template.jinja").unlink()
     assert "no chat template" in cli("generate", model, "hi", "--chat").refusal

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.test_reconstruction_resume import KILLER, ROOT, uninterrupted
+from tests.killing import Death, kill
 from tests.running import Cli, short_run
 from tests.tiny import BLOCKS
-from tests.training import recipe, train, weights_of
+from tests.training import recipe, train, uninterrupted, weights_of
 
 from crossbit.engine.live import parameters_of
 from crossbit.engine.window import train_window
@@ -109,18 +105,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) ->
     """Output folders of runs that were killed inside a window."""
     folder = tmp_path_factory.mktemp("killed")
     common = {"model": str(llama), "calibration": str(text), "samples": 4, "length": 32}
-    jobs = []
+    deaths = []
     for name, (file, count) in MOMENTS.items():
         chosen = CASES[name].model_dump(mode="json")
         options = {**common, "recipe": chosen, "out": str(folder / name)}
-        jobs.append((f"{file}.safetensors", count, "after", options))
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(jobs)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
+        deaths.append(Death(f"{file}.safetensors", "after", options, count))
+    kill(deaths, seconds=240)
     return {name: folder / name for name in MOMENTS}
 
 

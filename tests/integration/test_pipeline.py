@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.killing import Death, When, kill
 from tests.pipelines import EVALUATION, RECIPE, run, shorten, write_text
 from tests.tiny import BLOCKS, tiny_folder
 from typer.testing import CliRunner
@@ -59,47 +59,7 @@ def test_a_second_run_gives_the_same_bytes(
     assert leftovers(tmp_path / "out") == []
 
 
-# A parent that has imported everything and used no thread forks one child a moment of death. The
-# child counts renames: every file of the work folder comes to be by one, so "before" is a file
-# whose temporary is written in part, and "after" the boundary of a step.
-KILLER = """
-import json, os, signal, sys
-import torch
-import crossbit.finish, crossbit.pipeline
-from pathlib import Path
-
-from crossbit.models.opening import open_config, open_tokenizer
-from crossbit.models.shell import Shell
-
-jobs = json.loads(sys.argv[1])
-folder = Path(jobs[0][2]["model"])
-Shell(open_config(folder))  # imports what the children would import one by one
-open_tokenizer(folder)
-rename = os.replace
-
-def deadly(name, when):
-    def replace(source, target):
-        hit = Path(target).name == name
-        if hit and when == "before":
-            os.truncate(source, os.path.getsize(source) // 2)
-        if not (hit and when == "before"):
-            rename(source, target)
-        if hit:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return replace
-
-for name, when, options in jobs:
-    child = os.fork()
-    if child == 0:
-        os.replace = deadly(name, when)
-        torch.set_num_threads(1)
-        options["settings"] = tuple(options["settings"])
-        crossbit.pipeline.quantize(**options)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, when, status)
-"""
-MOMENTS = {
+MOMENTS: dict[str, tuple[str, When]] = {
     "first file": ("manifest.json", "before"),
     "embedding written": ("outside.safetensors", "after"),
     "activations of block 0": ("stream-00000.safetensors", "before"),
@@ -117,28 +77,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) ->
     """Output folders whose runs were killed at each of MOMENTS."""
     folder = tmp_path_factory.mktemp("killed")
     outs = {moment: folder / f"out{i}" for i, moment in enumerate(MOMENTS)}
-    jobs = [
-        (
-            *MOMENTS[moment],
-            {
-                "model": str(llama),
-                "recipe": RECIPE,
-                "out": str(out),
-                "calibration": str(text),
-                "samples": 4,
-                "length": 32,
-                "settings": EVALUATION,
-            },
-        )
-        for moment, out in outs.items()
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(jobs)],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        timeout=120,
+    common = {"model": str(llama), "calibration": str(text), "samples": 4, "length": 32}
+    chosen = {**common, "recipe": RECIPE, "settings": EVALUATION}
+    kill(
+        [Death(*MOMENTS[moment], {**chosen, "out": str(out)}) for moment, out in outs.items()],
+        seconds=120,
     )
     return outs
 

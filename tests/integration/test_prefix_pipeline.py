@@ -13,12 +13,11 @@ import transformers as hf
 from safetensors import safe_open
 from tests.pipelines import custom, run, shorten
 from tests.tiny import BOS, MASSIVE_TOKEN, MASSIVE_UNIT, sample_ids, tiny_folder, tiny_tokenizer
+from tests.training import interrupted_at
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import crossbit
-from crossbit.engine import window
-from crossbit.engine.fit import Progress
 from crossbit.errors import InputError, WorkError
 from crossbit.evaluation.run import losses_of
 from crossbit.export.reader import QuantizedCheckpoint
@@ -203,7 +202,8 @@ def test_generation_ends_where_the_positions_do(
     quantize(model, text, tmp_path / "out", recipe(prefix=NAMED))
     free = POSITIONS - len(TOKENS)
     crossbit.generate(tmp_path / "out", "x" * (free - 2), tokens=8)
-    with pytest.raises(InputError, match=f"{free} tokens and the model has positions for {free}"):
+    words = f"continuation of {free + 1} tokens after a prefix of 2 are longer than the model's 512"
+    with pytest.raises(InputError, match=words):
         crossbit.generate(tmp_path / "out", "x" * free, tokens=1)
 
 
@@ -337,10 +337,6 @@ def same(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
 
 
-class Killed(BaseException):
-    """No handler of the code under test knows it."""
-
-
 @pytest.mark.parametrize("moment", ["the prefix found", "inside the second window", None])
 def test_runs_give_the_same_bytes_killed_or_not(
     moment: str | None,
@@ -351,28 +347,21 @@ def test_runs_give_the_same_bytes_killed_or_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    tick = window.StateKeeper.tick
-
-    def stop(self: Any, progress: Progress, optimiser: Any) -> None:
-        tick(self, progress, optimiser)
-        if self._window.index == 1 and progress.done == 3:
-            raise Killed
 
     def die(*_: Any) -> None:
-        raise Killed
+        raise KeyboardInterrupt
 
     def again(*_: Any) -> None:
         raise AssertionError("searched again")
 
     if moment is not None:
-        with monkeypatch.context() as patch:
-            if moment == "the prefix found":
+        if moment == "the prefix found":
+            with monkeypatch.context() as patch:
                 patch.setattr("crossbit.pipeline.run_blocks", die)
-            else:
-                patch.setattr(window, "SAVE_SECONDS", 0.0)
-                patch.setattr(window, "SAVE_SHARE", 0)
-                patch.setattr(window.StateKeeper, "tick", stop)
-            with pytest.raises(Killed):
+                with pytest.raises(KeyboardInterrupt):
+                    quantize(llama, noisy, out, TRAINED)
+        else:
+            with interrupted_at((1, 3)):
                 quantize(llama, noisy, out, TRAINED)
         assert not out.exists()
         monkeypatch.setattr("crossbit.pipeline.outlier_tokens", again)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.killing import Death, When, kill
 from tests.pipelines import shorten
-from tests.training import TUNED, WHOLE, digests, train, weights_of
+from tests.training import TUNED, WHOLE, digests, interrupted_at, train, uninterrupted, weights_of
 
 from crossbit.engine import loop, window
-from crossbit.engine.fit import Progress
 from crossbit.engine.job import Job
 from crossbit.engine.workdir import WorkDir
 from crossbit.errors import InputError, WorkError
-from crossbit.recipe import Recipe
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("quick", "no_collection")
 
@@ -39,61 +32,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> 
     return uninterrupted(tmp_path_factory.mktemp("tuned") / "out", llama, text, TUNED)
 
 
-def uninterrupted(out: Path, llama: Path, text: Path, recipe: Recipe) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        shorten(patch)
-        before = digests(llama)
-        train(llama, text, out, recipe)
-        assert digests(llama) == before
-    return out
-
-
-# As in test_pipeline.py: one child a moment of death. The child counts renames to a name.
-KILLER = """
-import json, os, signal, sys
-import torch
-import crossbit.finish, crossbit.pipeline, crossbit.engine.window
-from pathlib import Path
-
-from crossbit.models.opening import open_config, open_tokenizer
-from crossbit.models.shell import Shell
-from crossbit.recipe import Recipe
-
-jobs = json.loads(sys.argv[1])
-folder = Path(jobs[0][3]["model"])
-Shell(open_config(folder))  # imports what the children would import one by one
-open_tokenizer(folder)
-crossbit.engine.window.SAVE_SECONDS = 0.0
-crossbit.engine.window.SAVE_SHARE = 0
-crossbit.pipeline.gc.collect = lambda: 0
-rename = os.replace
-
-def deadly(name, count, when):
-    left = count
-    def replace(source, target):
-        nonlocal left
-        left -= Path(target).name == name
-        hit = Path(target).name == name and left == 0
-        if hit and when == "before":
-            os.truncate(source, os.path.getsize(source) // 2)
-        else:
-            rename(source, target)
-        if hit:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return replace
-
-for name, count, when, options in jobs:
-    child = os.fork()
-    if child == 0:
-        os.replace = deadly(name, count, when)
-        torch.set_num_threads(1)
-        options["recipe"] = Recipe.parse(options["recipe"], "custom")
-        crossbit.pipeline.quantize(**options)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, when, status)
-"""
-MOMENTS = {
+MOMENTS: dict[str, tuple[str, int, When]] = {
     "opening the second block": ("teacher-00002", 1, "after"),
     "the first state": ("training", 1, "before"),
     "inside the second epoch": ("training", 3, "after"),
@@ -105,7 +44,7 @@ MOMENTS = {
     "inside the second window": ("training", 6, "after"),
     "all windows done": ("window-00002", 1, "after"),
 }
-TUNED_MOMENTS = {
+TUNED_MOMENTS: dict[str, tuple[str, int, When]] = {
     "open blocks are kept": ("open-00000", 1, "after"),
     "all open": ("window-00002", 1, "after"),
     "inside the tuning": ("training", 12, "after"),
@@ -119,21 +58,15 @@ def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) ->
     """Output folders whose runs were killed at each of both MOMENTS."""
     folder = tmp_path_factory.mktemp("killed")
     outs: dict[str, Path] = {}
-    jobs = []
+    deaths = []
     common = {"model": str(llama), "calibration": str(text), "samples": 4, "length": 32}
     for recipe, moments in ((WHOLE, MOMENTS), (TUNED, TUNED_MOMENTS)):
         chosen = {**common, "recipe": recipe.model_dump(mode="json")}
         for moment, (name, count, when) in moments.items():
             outs[moment] = folder / f"out{len(outs)}"
             options = {**chosen, "out": str(outs[moment])}
-            jobs.append((f"{name}.safetensors", count, when, options))
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(jobs)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
+            deaths.append(Death(f"{name}.safetensors", when, options, count))
+    kill(deaths, seconds=240)
     return outs
 
 
@@ -200,17 +133,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -
     out = tmp_path_factory.mktemp("stopped") / "out"
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        patch.setattr(window, "SAVE_SECONDS", 0.0)
-        patch.setattr(window, "SAVE_SHARE", 0)
-        tick = window.StateKeeper.tick
-
-        def stop(self: Any, progress: Progress, optimiser: Any) -> None:
-            tick(self, progress, optimiser)
-            if self._window.index == 1 and progress.done == 3:
-                raise KeyboardInterrupt
-
-        patch.setattr(window.StateKeeper, "tick", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted_at((1, 3)):
             train(llama, text, out, WHOLE)
     return out.with_name("out.crossbit-work")
 

@@ -41,7 +41,7 @@ TRAINED = custom(
 
 NOTHING: dict[str, Any] = {
     "hadamard": {},
-    "rotations": [],
+    "rotations": {},
     "keys": False,
     "cache": None,
     "prefix": None,
@@ -78,6 +78,18 @@ def loss(folder: Path, **options: Any) -> float:
 
 
 # -- plain ----------------------------------------------------------------------------------------
+
+
+def test_a_rotation_that_leaves_nothing_to_run_time_is_plain(text: Path, tmp_path: Path) -> None:
+    """All of Mixtral's down_proj are those of experts."""
+    model = tiny_folder(tmp_path / "model", "mixtral")
+    result = run(model, text, tmp_path / "out", custom(transforms=[ONLINE]))
+    assert result["kind"] == "plain"
+    assert result["verify"]["passed"] is True
+    assert config_of(tmp_path / "out")["model_type"] == "mixtral"
+    notes = " ".join(result["warnings"])
+    assert "the input of the experts' down_proj is not rotated" in notes
+    assert "online" not in notes
 
 
 @pytest.mark.parametrize(

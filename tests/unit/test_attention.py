@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tests.tiny import (
-    BLOCKS,
-    FAMILIES,
-    SLIDING_WINDOW,
-    DictCheckpoint,
-    exact_float64,
-    sample_ids,
-    tiny_config,
-    tiny_model,
+from tests.attending import (
+    LENGTH,
+    PREFIX,
+    attach_all,
+    attach_prefix,
+    attentions,
+    head_dim,
+    keys,
+    logits,
+    open_tiny,
+    orthogonal,
+    prefix_of,
 )
+from tests.tiny import FAMILIES, SLIDING_WINDOW, DictCheckpoint, sample_ids, tiny_config, tiny_model
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
-from crossbit.activations.kv import KVGrid, dequantize_kv, fake_quantize_kv, quantize_kv
+from crossbit.activations.kv import KVGrid, fake_quantize_kv
 from crossbit.errors import InputError, WorkError
 from crossbit.models.experts import unfuse_experts
 from crossbit.models.families import family_of
@@ -39,194 +38,16 @@ from crossbit.runtime.attention import (
     positions_after,
     prefix_kwargs,
     recording_kv,
-    register,
 )
-from crossbit.runtime.kv_cache import QuantizedCache, decode, encode
 
-register()
-
-DENSE = ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "opt"]
 SEPARATE = [f for f in FAMILIES if f not in ("phi3", "gpt_neox")]
-PREFIX, LENGTH = 3, 21
-GRIDS = [
-    KVGrid(b, symmetric=s, clip=c) for b in (2, 4, 8) for s in (False, True) for c in (1.0, 0.8)
-]
-
-
-def open_tiny(family: str, *, dtype: torch.dtype = torch.float64, window: int = 64) -> Any:
-    """A tiny model that runs as "crossbit", by default with a window larger than all sequences."""
-    model = tiny_model(family, dtype=dtype)
-    if getattr(model.config, "sliding_window", None) is not None:
-        model.config.sliding_window = window
-    model.set_attn_implementation("crossbit")
-    return model
-
-
-def attentions(model: nn.Module) -> list[nn.Module]:
-    names = ("self_attn", "attention")
-    return [m for n, m in model.named_modules() if n.rpartition(".")[2] in names]
-
-
-def head_dim(module: Any) -> int:
-    return int(getattr(module, "head_dim", None) or module.head_size)
-
-
-def attach_all(model: nn.Module, change: AttentionChange) -> None:
-    for module in attentions(model):
-        attach(module, change)
-
-
-def orthogonal(n: int, seed: int = 5) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    q: Tensor = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0]
-    return q
-
-
-@torch.no_grad()
-def logits(model: Any, **kwargs: Any) -> Tensor:
-    """Logits [B, L, V], computed in float64 throughout by a float64 model."""
-    with exact_float64() if model.dtype == torch.float64 else nullcontext():
-        found: Tensor = model(**kwargs, use_cache=False).logits
-    return found
-
-
-def prefix_of(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each attention module for the prefix tokens ``ids`` [1, P]."""
-    found = []
-    for module in attentions(model):
-        with recording_kv(module) as seen:
-            logits(model, input_ids=ids)
-        assert len(seen) == 1
-        found.append(seen[0])
-    return found
-
-
-def attach_prefix(model: Any, ids: Tensor, **others: Any) -> None:
-    for module, (key, value) in zip(attentions(model), prefix_of(model, ids), strict=True):
-        attach(module, AttentionChange(prefix_key=key, prefix_value=value, **others))
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def keys(*shape: int, seed: int = 0) -> Tensor:
-    """Random keys with an outlier channel, a token of zeros and one of equal values."""
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    x[..., 1] += 30
-    x[:, :, 0] = 0
-    x[:, :, 1] = 2.5
-    return x
-
-
-# -- the quantizer ----------------------------------------------------------------------------
-
-
-def slow_fake(x: Tensor, grid: KVGrid) -> Tensor:
-    """Row by row and value by value in Python's float64."""
-    out = torch.empty(x.shape, dtype=torch.float64)
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:-1])).tolist():
-        row = [float(v) for v in x[tuple(index)]]
-        levels = 2**grid.bits - 1
-        if grid.symmetric:
-            last = 2 ** (grid.bits - 1) - 1
-            step = max(abs(v) for v in row) * grid.clip / last
-            base, first = 0.0, -last
-        else:
-            low, high = min(row), max(row)
-            step = (high - low) * grid.clip / levels
-            base, first, last = (low + high) / 2 - step * levels / 2, 0, levels
-        for i, v in enumerate(row):
-            code = 0 if step == 0 else min(max(round((v - base) / step), first), last)
-            out[tuple(index)][i] = base + code * step
-    return out
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_quantizer_equals_a_loop_over_the_definition(grid: KVGrid) -> None:
-    x = keys(2, 3, 5, 16)
-    actual = fake_quantize_kv(x, grid)
-    torch.testing.assert_close(actual.double(), slow_fake(x, grid), rtol=1e-5, atol=1e-5)
-    codes = quantize_kv(x, grid)
-    assert codes.codes.dtype == torch.uint8
-    assert int(codes.codes.max()) <= 2**grid.bits - 1
-    assert codes.scale.shape == (2, 3, 5, 1)
-    assert torch.equal(dequantize_kv(codes, grid, x.dtype), actual)
-    if grid.clip == 1.0:  # exact by construction
-        assert torch.equal(actual[:, :, 0], x[:, :, 0])
-        assert grid.symmetric or torch.equal(actual[:, :, 1], x[:, :, 1])
-    half = fake_quantize_kv(x.bfloat16(), grid)
-    assert half.dtype == torch.bfloat16
-    assert torch.equal(half, fake_quantize_kv(x.bfloat16().float(), grid).bfloat16())
-
-
-@given(
-    st.integers(2, 8), st.booleans(), st.sampled_from([1.0, 0.7]), st.integers(-8, 8), st.integers()
-)
-@settings(deadline=None, max_examples=40)
-def test_a_token_and_head_have_a_scale_of_their_own(
-    bits: int, symmetric: bool, clip: float, power: int, seed: int
-) -> None:
-    """Scaling one token's key scales its dequantized key and touches no other."""
-    grid = KVGrid(bits, symmetric=symmetric, clip=clip)
-    x = keys(1, 2, 6, 8, seed=seed % 2**31)
-    before = fake_quantize_kv(x, grid)
-    factor = torch.ones(1, 2, 6, 1)
-    factor[0, 1, 4] = 2.0**power
-    assert torch.equal(fake_quantize_kv(x * factor, grid), before * factor)
-    assert torch.equal(fake_quantize_kv(x[:, :, 2:3], grid), before[:, :, 2:3])
-    assert torch.equal(fake_quantize_kv(x.flip(2), grid), before.flip(2))
-    third = fake_quantize_kv(x / 3, grid) * 3  # a code may flip at a tie, no more
-    assert (third - before).abs().max() <= 1.01 * quantize_kv(x, grid).scale.max() + 1e-5
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_error_falls_with_bits_and_eight_are_nearly_lossless(symmetric: bool) -> None:
-    x = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
-    errors = [
-        float((fake_quantize_kv(x, KVGrid(b, symmetric=symmetric)) - x).norm() / x.norm())
-        for b in range(2, 9)
-    ]
-    assert all(b < 0.65 * a for a, b in pairwise(errors))
-    assert errors[-1] < 0.01
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_gradient_is_straight_through_but_for_what_the_clip_cuts_off(grid: KVGrid) -> None:
-    x = keys(1, 2, 5, 16)[:, :, 2:].requires_grad_()
-    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    loss = (fake_quantize_kv(x, grid) * weight).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert x.grad is not None
-    if grid.clip == 1.0:
-        assert torch.equal(x.grad, weight)
-        return
-    lost = x.grad == 0
-    assert torch.equal(x.grad[~lost], weight[~lost])
-    # The outlier; a clip of 0.8 leaves it less than half a step outside of two or three steps.
-    assert bool(lost[..., 1].all()) == (grid.bits > 2)
-    error = (fake_quantize_kv(x, grid) - x).abs() / quantize_kv(x, grid).scale
-    assert bool((error[lost] > 0.49).all())
-    assert bool((error[~lost] < 0.51).all())
-
-
-def test_settings_that_make_no_sense_are_refused() -> None:
-    for bad in ({"bits": 1}, {"bits": 9}, {"clip": 0.0}, {"clip": 1.1}):
-        with pytest.raises(InputError):
-            KVGrid(**bad)
-    before = KVGrid(8, before_rope=True)
-    part = torch.zeros(1, 2, 3, 16)
-    with pytest.raises(InputError, match="values have no rotary"):
-        AttentionChange(value=before)
-    with pytest.raises(InputError, match="rotated after RoPE"):
-        AttentionChange(key=before, rotation=torch.eye(16))
-    with pytest.raises(InputError, match="both its keys"):
-        AttentionChange(prefix_key=part)
-    with pytest.raises(InputError, match="prefix of shapes"):
-        AttentionChange(prefix_key=part, prefix_value=part[:, :, 1:])
-
-
-# -- the seam ---------------------------------------------------------------------------------
+# -- the seam --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -395,7 +216,7 @@ def test_a_key_layer_replaced_after_attach_is_noticed() -> None:
     assert not plain._forward_hooks
 
 
-# -- prefix -----------------------------------------------------------------------------------
+# -- prefix ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -514,106 +335,3 @@ def test_gradients_reach_prefix_and_weights_through_the_quantizers() -> None:
         assert t.grad is not None
         assert bool(t.grad.isfinite().all())
         assert float(t.grad.abs().max()) > 0
-
-
-# -- generation -------------------------------------------------------------------------------
-
-
-def generate(model: Any, ids: Tensor, tokens: int = 14, **kwargs: Any) -> Tensor:
-    """Greedy continuation int64 [B, tokens]."""
-    model.config.use_cache = True
-    out: Tensor = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
-        do_sample=False, pad_token_id=0, **kwargs,
-    )  # fmt: skip
-    return out[:, ids.shape[1] :]
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_generation_with_a_cache_equals_one_full_forward(family: str) -> None:
-    """Beyond the sliding window, after a prefix that stays visible."""
-    model = open_tiny(family, window=SLIDING_WINDOW)
-    whole = sample_ids(1, PREFIX + 6)
-    ids = whole[:, PREFIX:].repeat(2, 1)
-    ids[1] = ids[1].flip(0)
-    for before_rope in (False, True):
-        key = KVGrid(4, before_rope=before_rope)
-        attach_prefix(model, whole[:, :PREFIX], key=key, value=KVGrid(4, symmetric=True))
-        with exact_float64():  # a difference in the last bits of float32 may flip a code
-            new = generate(model, ids, position_ids=positions_after(PREFIX, 6))
-        text = torch.cat((ids, new), 1)
-        positions = positions_after(PREFIX, text.shape[1])
-        full = logits(model, input_ids=text, position_ids=positions)
-        full[..., model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens does
-        assert torch.equal(full[:, ids.shape[1] - 1 : -1].argmax(-1), new)
-        for module in attentions(model):
-            detach(module)
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_generation_after_a_prefix_equals_generation_of_the_longer_prompt(family: str) -> None:
-    model = open_tiny(family)
-    ids = sample_ids(1, PREFIX + 6)
-    expected = generate(model, ids)
-    attach_prefix(model, ids[:, :PREFIX])
-    positions = positions_after(PREFIX, 6)
-    assert torch.equal(generate(model, ids[:, PREFIX:], position_ids=positions), expected)
-
-
-@pytest.mark.parametrize("width", [16, 15])
-@pytest.mark.parametrize("grid", [*GRIDS, KVGrid(3), None], ids=str)
-def test_stored_bytes_give_back_what_the_fake_quantizer_gives(
-    grid: KVGrid | None, width: int
-) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        x = keys(2, 3, 5, width).to(dtype)
-        stored = encode(x, grid)
-        assert stored.dtype == torch.uint8
-        expected = x if grid is None else fake_quantize_kv(x, grid)
-        assert torch.equal(decode(stored, grid, width, dtype), expected)
-        if grid is not None:
-            codes = -(-width // 2) if grid.bits <= 4 else width
-            assert stored.shape[-1] == codes + (4 if grid.symmetric else 8)
-
-
-@pytest.mark.parametrize("window", [SLIDING_WINDOW, 64])
-@pytest.mark.parametrize("family", [*DENSE, "gpt_neox", "phi3"])
-def test_a_quantized_cache_changes_the_memory_and_no_value(family: str, window: int) -> None:
-    model = open_tiny(family, dtype=torch.float32, window=window)
-    grids = {"key": KVGrid(4), "value": KVGrid(4, symmetric=True)}
-    ids = sample_ids(2, 20)
-    prefix = prefix_of(model, ids[:1, :PREFIX])
-    for i, module in enumerate(attentions(model)[:-1]):  # the last has no grid
-        pair = {"prefix_key": prefix[i][0], "prefix_value": prefix[i][1]}
-        attach(module, AttentionChange(**grids, **pair))  # type: ignore[arg-type]
-    plain, stored = DynamicCache(config=model.config), QuantizedCache(model.config, model.modules())
-    for start, stop in ((0, 5), (5, 6), (6, 11), *((i, i + 1) for i in range(11, 20))):
-        out = []
-        for cache in (plain, stored):
-            with torch.no_grad():
-                positions = positions_after(PREFIX + start, stop - start)
-                part = {"input_ids": ids[:, start:stop], "position_ids": positions}
-                out.append(model(**part, past_key_values=cache, use_cache=True).logits)
-        assert torch.equal(out[0], out[1])
-    assert stored.get_seq_length() == 20
-    for i in range(BLOCKS):
-        ratio = stored.layers[i].keys.nbytes / plain.layers[i].keys.nbytes
-        width = head_dim(attentions(model)[0])
-        assert ratio == (1.0 if i == BLOCKS - 1 else (width / 2 + 8) / (4 * width))
-    stored.reorder_cache(torch.tensor([1, 0]))
-    plain.reorder_cache(torch.tensor([1, 0]))
-    last = {"input_ids": ids[:, :1], "position_ids": positions_after(PREFIX + 20, 1)}
-    with torch.no_grad():
-        a, b = (model(**last, past_key_values=c, use_cache=True).logits for c in (plain, stored))
-    assert torch.equal(a, b)
-
-
-def test_a_quantized_cache_holds_rotated_keys_and_refuses_keys_before_rope() -> None:
-    model = open_tiny("mistral", window=SLIDING_WINDOW)
-    ids = sample_ids(2, 6)
-    attach_all(model, AttentionChange(key=KVGrid(4), value=KVGrid(8), rotation=orthogonal(16)))
-    cache = QuantizedCache(model.config, model.modules())
-    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids))
-    attach_all(model, AttentionChange(key=KVGrid(8, before_rope=True)))
-    with pytest.raises(InputError, match="before RoPE"):
-        QuantizedCache(model.config, model.modules())

@@ -356,6 +356,15 @@ CASES += [
         ("parameter full",),
         [{"overrides": [{"match": "down_proj", "solver": GPTQ}]}],
     ),
+    (
+        24,
+        {"solver": ROUNDING, "objective": {"homologous": 1.0, "ahead": [0.0, 1.0]}},
+        ("objective.ahead", "homologous: 0"),
+        [
+            {"solver": ROUNDING, "objective": {"homologous": 1.0, "ahead": [0.5, 1.0]}},
+            {"solver": ROUNDING, "objective": {"ahead": [0.0, 1.0]}},
+        ],
+    ),
 ]
 
 

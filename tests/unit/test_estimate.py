@@ -1,4 +1,4 @@
-"""What a run will need: sizes that equal the real ones, and how estimates move with settings."""
+"""What a run will need: how estimates move with settings."""
 
 from __future__ import annotations
 
@@ -8,80 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tests.estimating import MIB, MOVES, TRAINED, TUNED, TURNS, description, recipe_of, room
 from tests.pipelines import run, shorten, write_text
-from tests.tiny import BLOCKS, FAMILIES, tiny_config, tiny_folder
+from tests.tiny import FAMILIES, tiny_folder
 
-from crossbit.engine.closing import close_block
-from crossbit.engine.plan import make_plan
-from crossbit.engine.window import train
-from crossbit.engine.workdir import WorkDir, part_name
-from crossbit.errors import InputError
-from crossbit.estimate import verdict
-from crossbit.estimate.describe import describe, with_recipe
-from crossbit.estimate.disk import disk, outside, packed, part, stream_bytes, trained
-from crossbit.estimate.machine import available_disk, available_memory, held_memory
+from crossbit.estimate.describe import with_recipe
+from crossbit.estimate.disk import disk, outside, part, stream_bytes
 from crossbit.estimate.memory import STAGES, peak_by_stage
 from crossbit.estimate.memory_blocks import forward, loading
 from crossbit.estimate.memory_training import saved, training_tokens
 from crossbit.estimate.shapes import Description
-from crossbit.estimate.verdict import Room, advice, changed, changes, estimate, refuse
+from crossbit.estimate.verdict import advice, changed, estimate
 from crossbit.estimate.work import KINDS, flops, operations, seconds
-from crossbit.models.shell import Shell
 from crossbit.recipe import Recipe
-from crossbit.transforms.rotation import plan_rotation
 
-MIB = 1 << 20
-TRAINED: dict[str, Any] = {
-    "weights": {"bits": 4, "group": 16},
-    "solver": {"kind": "rounding"},
-}
-TUNED = ("end_to_end.epochs=1",)
-# Weights that move along singular directions, of every kind of parameter.
-MOVES: dict[str, tuple[str, ...]] = {
-    "ranges": ("solver.limits=range", "solver.parameter=none"),
-    "band": ("solver.expansion.kind=band", "solver.parameter=none"),
-    "blocks": ("solver.expansion={kind: blocks, width: 24}", "solver.limits=range"),
-    "square": ("solver.expansion={kind: square, width: 9}", "solver.parameter=low_rank"),
-    "rank": ("solver.expansion={kind: full, rank: 7}",),
-}
-# Rotations of inputs that layers keep with them, one for all blocks of channels or one for each.
-TURNS: dict[str, tuple[str, ...]] = {
-    name: (
-        "activations={bits: 8, kind: per_token}",
-        f"transforms=[{{kind: duquant, block: 16, steps: 2, shared: {shared}}}]",
-    )
-    for name, shared in (("shared", "true"), ("each", "false"))
-}
 ROTATED = "transforms=[{kind: rotate}]"
 RATES = dict.fromkeys(KINDS, 1e-9)
-LARGE = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 2048}
-
-
-def recipe_of(*settings: str, base: Any = TRAINED) -> Recipe:
-    data = base if isinstance(base, str) else Recipe.parse(base, "custom")
-    return Recipe.load(data, settings)
-
-
-def description(recipe: Recipe, family: str = "llama", *, large: bool = True) -> Description:
-    """Of a tiny model, or of one whose weights weigh something; nothing is loaded."""
-    config = tiny_config(family, tied=False)
-    if large:
-        for key, value in {**LARGE, "num_hidden_layers": 6}.items():
-            setattr(config, key, value)
-    shell = Shell(config)
-    width = shell.model.get_submodule(shell.structure.embedding).embedding_dim
-    plan = make_plan(shell.structure, recipe, int(width))
-    rotation = None if recipe.rotation is None else plan_rotation(shell, recipe.rotation)
-    return describe(shell, plan, recipe, torch.float32, rotation=rotation)
-
-
-def peak(recipe: Recipe, *settings: str) -> float:
-    found = peak_by_stage(description(recipe_of(*settings, base=recipe.model_dump(mode="json"))))
-    return max(found[s] for s in STAGES if s in found and s not in ("verify", "evaluate"))
-
-
-# -- how estimates move ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [TRAINED, "gptq-w4a16", "crossquant-w8a8"], ids=str)
@@ -365,223 +307,3 @@ def test_memory_of_tuning_grows_with(sizes: list[str]) -> None:
     found = [peak_by_stage(description(recipe_of(*TUNED, s)))["end to end"] for s in sizes]
     assert found == sorted(found)
     assert len(set(found)) == len(found)
-
-
-# -- sizes that equal the real ones ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("base", ["gptq-w4a16", "crossquant-w8a8", "rtn-w3a16-g64"])
-def test_bytes_of_files_are_those_of_a_run(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
-    found: dict[str, int] = {}
-
-    def closing(*args: Any) -> Any:
-        result = close_block(*args)
-        for path in args[1].path.glob("*.safetensors"):
-            found[path.stem] = path.stat().st_size
-        return result
-
-    monkeypatch.setattr("crossbit.engine.loop.close_block", closing)
-    settings = ("weights.group=32", "calibration.samples=4", "calibration.length=32")
-    run(model, text, tmp_path / "out", base, settings=(*settings, "evaluation.windows=0"))
-    recipe = recipe_of(*settings, base=base)
-    d = description(recipe, large=False)
-    if d.samples:
-        assert found["stream-00001"] == stream_bytes(d, 4)
-        assert found["target"] == stream_bytes(d, d.held)
-    # Headers and records are estimated, and larger than a tiny model's tensors.
-    tensors = sum(x.stored for x in d.blocks[0].planned) + 4 * d.blocks[0].other
-    assert 0 < found[part_name(0)] - tensors < 4500
-    assert part(d, d.blocks[0]) == pytest.approx(found[part_name(0)], rel=0.35)
-    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
-    stored = outside(d) + BLOCKS * tensors
-    assert 0 < weights - stored < 4500 * (BLOCKS + 1)
-
-
-@pytest.mark.parametrize("moves", [(), *MOVES.values(), *TURNS.values()], ids=str)
-def test_trained_states_are_those_of_a_run(
-    moves: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
-    states: dict[str, int] = {}
-    real = WorkDir.save_state
-
-    def save(work: WorkDir, name: str, tensors: Any, record: Any) -> None:
-        states.setdefault(name, sum(t.nbytes for t in tensors.values()))
-        real(work, name, tensors, record)
-
-    monkeypatch.setattr(WorkDir, "save_state", save)
-    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1", *moves)
-    recipe = recipe_of(*settings)
-    run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
-    d = description(recipe, large=False)
-    assert states["window-00001"] == packed(d, d.blocks[1])
-    assert states["best-0"] == sum(trained(block) for block in d.blocks[:2])
-
-
-def test_states_for_tuning_are_those_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
-    states: dict[str, int] = {}
-    sizes: dict[str, int] = {}
-    real = WorkDir.save_state
-
-    def save(work: WorkDir, name: str, tensors: Any, record: Any) -> None:
-        states[name] = sum(t.nbytes for t in tensors.values())
-        real(work, name, tensors, record)
-        if name == "refined":
-            sizes.update({p.stem: p.stat().st_size for p in work.path.glob("*.safetensors")})
-
-    monkeypatch.setattr(WorkDir, "save_state", save)
-    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1", *TUNED)
-    recipe = recipe_of(*settings)
-    run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
-    d = description(recipe, large=False)
-    opened = [f"open-{i:05d}" for i in range(BLOCKS)]
-    assert [states[name] for name in opened] == [packed(d, block) for block in d.blocks]
-    assert states["refined"] == sum(packed(d, block) for block in d.blocks)
-    assert states["best-0"] == sum(trained(block) for block in d.blocks)
-    # Files are those tensors and a header.
-    heads = {name: sizes[name] - states[name] for name in (*opened, "refined")}
-    assert all(0 < head < 10_000 * BLOCKS for head in heads.values()), heads
-    ends = ("stream-00000", f"stream-{BLOCKS:05d}", f"teacher-{BLOCKS:05d}")
-    assert [sizes[name] for name in ends] == [stream_bytes(d, 4)] * 3
-    # All of it is still there when the result is put together.
-    assert disk(d).work > sum(sizes[name] for name in (*opened, *ends)) + states["refined"]
-
-
-@pytest.mark.parametrize("ahead", ["[1]", "[1,1]", "[0,1,1]", "[1,0,0,1]"])
-def test_targets_ahead_are_those_of_a_run(
-    ahead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
-    found: list[dict[str, int]] = []
-    frozen: list[int] = []
-
-    def watched(work: WorkDir, window: Any, task: Any, *args: Any) -> Any:
-        found.append({p.stem: p.stat().st_size for p in work.path.glob("*.safetensors")})
-        frozen.append(len(task.ahead))
-        return train(work, window, task, *args)
-
-    monkeypatch.setattr("crossbit.engine.window.train", watched)
-    settings = ("calibration.samples=4", "calibration.length=32", "training.epochs=1")
-    recipe = recipe_of(
-        *settings, "objective.window=1", "objective.overlap=0", f"objective.ahead={ahead}"
-    )
-    run(model, text, tmp_path / "out", recipe, settings=("evaluation.windows=0",))
-    d = description(recipe, large=False)
-    assert len(found) == BLOCKS
-    assert frozen == [len(d.ahead(window)) for window in d.schedule]
-    for sizes, window in zip(found, d.schedule, strict=True):
-        streams = {name: size for name, size in sizes.items() if name.startswith("ahead-")}
-        assert list(streams.values()) == [stream_bytes(d, 4)] * len(d.ahead(window))
-        assert disk(d).work >= sum(sizes.values())
-
-
-# -- whether it fits ------------------------------------------------------------------------------
-
-
-def room(memory: float = math.inf, work: float = math.inf) -> Room:
-    return Room(memory, work, None)
-
-
-def test_advice_is_the_smallest_change_that_fits() -> None:
-    # Long sequences, so that calibration and not the whole model decides.
-    d = description(recipe_of("calibration.length=4096", "training.batch=8", "objective.window=3"))
-    d = replace(d, verify_length=1, windows=0)
-    need = estimate(d, held=0).peak[1]
-    option = advice(d, room(memory=need - 1), 0)
-    assert option is not None
-    known = dict(changes(d.recipe))
-    assert option in known
-    fitted = with_recipe(d, changed(d.recipe, known[option]))
-    assert estimate(fitted, held=0).peak[1] < need
-    earlier = list(known)[: list(known).index(option)]
-    for other in earlier:
-        tried = with_recipe(d, changed(d.recipe, known[other]))
-        assert estimate(tried, held=0).peak[1] >= need
-
-
-def test_advice_takes_several_settings_where_one_is_not_enough() -> None:
-    d = description(recipe_of("calibration.length=4096", "calibration.samples=64"))
-    every = [update for _, update in changes(d.recipe)]
-    least = estimate(with_recipe(d, changed(d.recipe, *every)), held=0)
-    option = advice(d, room(work=least.disk.work * 1.05), 0)
-    assert option is not None
-    assert option.count("-") > 2
-    assert advice(d, room(work=least.disk.work * 0.5), 0) is None
-    assert advice(d, room(memory=1000), 0) is None
-
-
-def test_leaving_out_the_tuning_is_proposed_where_it_would_fit() -> None:
-    d = description(recipe_of(*TUNED, "calibration.length=128"))
-    d = replace(d, verify_length=1, windows=0)
-    plain = with_recipe(d, changed(d.recipe, {"end_to_end": None}))
-    assert plain.end_to_end is None
-    without, need = estimate(plain, held=0), estimate(d, held=0)
-    for limit in (room(memory=without.peak[1]), room(work=without.disk.work)):
-        assert limit.lacks(need)
-        assert advice(d, limit, 0) == "--set end_to_end=null"
-    assert Recipe.load(d.recipe, ["end_to_end=null"]) == plain.recipe
-    # Together with others, where it is not enough.
-    every = [update for _, update in changes(d.recipe)]
-    least = estimate(with_recipe(d, changed(d.recipe, *every)), held=0)
-    option = advice(d, room(work=least.disk.work), 0)
-    assert option is not None
-    assert "--set end_to_end=null" in option
-    assert "end_to_end.batch" not in option
-
-
-def test_a_recipe_without_calibration_is_not_told_to_calibrate_less() -> None:
-    d = description(recipe_of(base="rtn-w4a16"))
-    assert advice(d, room(work=estimate(d, held=0).disk.work - 1), 0) is None
-
-
-def test_refuses_with_a_setting_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    d = description(recipe_of("calibration.length=16384", base="gptq-w4a16"))
-    d = replace(d, verify_length=1, windows=0)
-    need = estimate(d, held=held_memory()).peak[1]
-    refuse(d, "model", tmp_path / "work", tmp_path / "out")
-    monkeypatch.setattr(verdict, "available_memory", lambda: need - 8 * MIB)
-    with pytest.raises(InputError, match="of memory") as error:
-        refuse(d, "model", tmp_path / "work", tmp_path / "out")
-    message = str(error.value)
-    assert message.startswith("model: needs ")
-    assert "\n" not in message
-    option = message.partition("it would fit with ")[2].partition(",")[0]
-    known = dict(changes(d.recipe))
-    fitted = with_recipe(d, changed(d.recipe, known[option]))
-    refuse(fitted, "model", tmp_path / "work", tmp_path / "out")
-    # Tensors are on another device: its memory is not looked at.
-    refuse(d, "model", tmp_path / "work", tmp_path / "out", memory=False)
-
-
-def test_refuses_for_want_of_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    d = description(recipe_of("calibration.samples=64", base="gptq-w4a16"))
-    need = disk(d).work
-    monkeypatch.setattr(verdict, "available_disk", lambda _: need - MIB)
-    with pytest.raises(InputError, match=r"of disk in the work folder.*--samples 32.*--work"):
-        refuse(d, "model", tmp_path / "work", tmp_path / "out")
-
-
-def test_what_there_is(tmp_path: Path) -> None:
-    assert 10 * MIB < held_memory() < available_memory()
-    (tmp_path / "work").mkdir()
-    empty = available_disk(tmp_path / "work")
-    assert empty > 0
-    (tmp_path / "work" / "kept").write_bytes(bytes(4 * MIB))
-    # What a folder holds may be written again.
-    assert available_disk(tmp_path / "work") == pytest.approx(empty, abs=64 * MIB)
-    assert available_disk(tmp_path / "not" / "yet" / "there") > 0
-    assert Room.here(tmp_path / "work", tmp_path / "out").output is None

@@ -23,7 +23,7 @@ MAX_LINES = 500
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "cache"),
     (
-        *("grid", "packing", "windows", "objective", "device", "safetensors_format"),
+        *("grid", "packing", "windows", "objective", "positions", "device", "safetensors_format"),
         *("recipe_training", "recipe_files", "rotations"),
     ),
     ("activations", "recipe_transforms"),

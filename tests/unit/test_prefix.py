@@ -37,7 +37,7 @@ from crossbit.models.source import resolve_model
 from crossbit.models.structure import RowSource
 from crossbit.recipe import Prefix
 from crossbit.runtime.attention import start_after
-from crossbit.runtime.loader import prefix_length
+from crossbit.runtime.loader import folder_prefix
 from crossbit.runtime.online import Online, PrefixTokens
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "opt", "mistral"]
@@ -431,12 +431,17 @@ def test_a_missing_tensor_is_named(name: str) -> None:
 
 
 def test_only_a_folder_with_a_prefix_has_tokens_of_it(folders: Folders, tmp_path: Path) -> None:
-    assert prefix_length(folders("llama")) == 0
+    assert folder_prefix(folders("llama")) == []
     config = wrap({}, {}, "online")
-    for online, length in (({"prefix": [1, 2]}, 2), ({"prefix": None}, 0), ({}, 0), ([1], 0)):
+    for online, tokens in (
+        ({"prefix": [1, 2]}, [1, 2]),
+        ({"prefix": None}, []),
+        ({}, []),
+        ([1], []),
+    ):
         text = json.dumps({**config, "crossbit_online": online})
         (tmp_path / "config.json").write_text(text)
-        assert prefix_length(tmp_path) == length
+        assert folder_prefix(tmp_path) == tokens
 
 
 # -- folds ----------------------------------------------------------------------------------------

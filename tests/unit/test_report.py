@@ -246,12 +246,15 @@ def test_report_states_the_headline_and_its_conditions() -> None:
 def test_the_tokens_of_a_prefix_are_told(render: Callable[[dict[str, Any]], str]) -> None:
     said = render(full_result()).replace("\\", "").replace("&lt;", "<").replace("&gt;", ">")
     assert "'.n<s>', token ids 46, 198, 1: before every text" in said
+    words = "before the quantized model's windows only; the original has none"
+    assert words in said.replace("&#39;", "'")
     result = full_result()
     result["prefix"]["text"] = None
     assert "token ids 46, 198, 1: before" in render(result)
     assert "None" not in render(result)
     result["prefix"] = None
     assert "before every text" not in render(result)
+    assert "the original has none" not in render(result)
 
 
 def test_columns_of_cfp_are_shown_where_it_ran() -> None:

@@ -38,7 +38,9 @@ from crossbit.models.families import needs_bos
 from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
+from crossbit.positions import check_length
 from crossbit.report.html import write_analysis
+from crossbit.run import evaluation_length
 from crossbit.runtime.loader import BlockSource, own_dtype
 
 KERNEL_BITS = (8, 6, 4)  # counted besides the widths of the accuracy table
@@ -187,12 +189,9 @@ def _texts(
     window_length: int | None,
 ) -> tuple[_Text, _Text]:
     """Calibration and evaluation windows; the latter empty without an evaluation."""
-    limit = getattr(config, "max_position_embeddings", None) or WINDOW_LENGTH
-    for option, value in (("--length", length), ("--window-length", window_length or 0)):
-        if value > limit:
-            raise InputError(
-                f"{option} {value}: longer than the model's {limit} positions; give less"
-            )
+    size = window_length or evaluation_length(config, WINDOW_LENGTH)
+    check_length(config, length)
+    check_length(config, size, what="windows", option="--window-length")
     tokenizer = open_tokenizer(folder.path)
     bos = needs_bos(config)
     corpus = load_text(calibration, split="calibration", tokenizer=tokenizer)
@@ -200,7 +199,6 @@ def _texts(
     observed = _Text(corpus, ids)
     if not windows:
         return observed, _Text(None, ids[:0])
-    size = window_length or min(WINDOW_LENGTH, limit)
     other = load_text(text, split="evaluation", tokenizer=tokenizer)
     return observed, _Text(
         other, evaluation_windows(other, tokenizer, length=size, windows=windows, bos=bos)

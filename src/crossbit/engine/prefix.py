@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from crossbit.engine.progress import release_memory
 from crossbit.errors import InputError
 from crossbit.models.experts import Weights, is_expert
+from crossbit.models.families import needs_bos
 from crossbit.models.shell import Shell
+from crossbit.positions import free_positions
 from crossbit.recipe import Prefix
 from crossbit.runtime.attention import recording_kv
 from crossbit.runtime.online import PrefixTokens, attention_of
@@ -89,6 +91,17 @@ def choose_prefix(ids: Tensor, outliers: Tensor, first: int | None, config: Pref
     return [*frequent, *([] if first is None else [first])]
 
 
+def starts_with_bos(config: Any, prefix: Prefix | None) -> bool:
+    """Whether windows of text start with BOS, in a run with the prefix of a recipe if it has one.
+
+    A prefix that has yet to be searched ends with BOS, see ``choose_prefix``.
+    """
+    if prefix is None:
+        return needs_bos(config)
+    first = getattr(config, "bos_token_id", None)
+    return needs_bos(config, prefix.tokens or (() if first is None else (first,)))
+
+
 def check_tokens(tokens: Sequence[int], config: Any) -> None:
     """Refuse a prefix that the model of ``config`` cannot take.
 
@@ -97,11 +110,11 @@ def check_tokens(tokens: Sequence[int], config: Any) -> None:
     """
     if not tokens:
         raise InputError("prefix: the text has no outlier token and the model no BOS; name tokens")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and len(tokens) >= limit:
+    free = free_positions(config, len(tokens))
+    if free is not None and free < 1:
         raise InputError(
-            f"prefix: {len(tokens)} tokens leave none of the model's {limit} positions; "
-            "give fewer tokens"
+            f"prefix: {len(tokens)} tokens leave none of the model's {free + len(tokens)} "
+            "positions; give fewer tokens"
         )
     outside = [token for token in tokens if not 0 <= token < config.vocab_size]
     if outside:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from crossbit.activations.kv import KVGrid
-from crossbit.compat import check_model
+from crossbit.compat import check_model, check_recipe
 from crossbit.engine.plan import ModelPlan, make_plan
 from crossbit.engine.prefix import check_tokens
 from crossbit.models.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder
 from crossbit.models.structure import InputGroup, ModelStructure
-from crossbit.recipe import Recipe
+from crossbit.recipe import Recipe, Rotate
 from crossbit.runtime.attention import IMPLEMENTATION, register
 from crossbit.runtime.online import Online
 from crossbit.transforms.rotation import RotatedCheckpoint, RotationPlan, plan_rotation, untied
@@ -34,6 +34,7 @@ class OpenModel:
         shell: the empty model that they belong to.
         plan: grids and solvers.
         online: what happens at run time.
+        recipe: without what the model has no place for, so that its kind is the result's.
         notes: what the user should know.
     """
 
@@ -42,6 +43,7 @@ class OpenModel:
     shell: Shell
     plan: ModelPlan
     online: Online
+    recipe: Recipe
     notes: tuple[str, ...] = ()
 
     @property
@@ -58,7 +60,7 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
     """
     files = Checkpoint(folder.path)
     cache = None if recipe.cache is None else KVGrid(**recipe.cache.model_dump())
-    rotate = recipe.rotation
+    rotate, followed = recipe.rotation, recipe
     online = Online(keys=rotate is not None and rotate.keys, cache=cache)
     attn = "sdpa"
     if online.attention or recipe.prefix is not None or recipe.trains:
@@ -71,6 +73,9 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
     if rotate is not None:
         planned = plan_rotation(shell, rotate)
         notes, online = planned.notes, replace(online, hadamard=planned.online)
+        if rotate.down and not planned.online:
+            followed = _without_down(recipe)
+            check_recipe(followed)
         if planned.residual and shell.structure.tied:
             rows, columns = shell.model.get_submodule(shell.structure.embedding).weight.shape
             notes += (
@@ -87,7 +92,16 @@ def open_model(folder: ModelFolder, config: Any, recipe: Recipe, device: str) ->
     plan = make_plan(shell.structure, recipe, width)
     online.dress(shell)
     online.check(shell)
-    return OpenModel(files, weights, shell, plan, online, notes)
+    return OpenModel(files, weights, shell, plan, online, followed, notes)
+
+
+def _without_down(recipe: Recipe) -> Recipe:
+    """The recipe, the inputs of down_proj not rotated."""
+    transforms = tuple(
+        t.model_copy(update={"down": False}) if isinstance(t, Rotate) else t
+        for t in recipe.transforms
+    )
+    return recipe.model_copy(update={"transforms": transforms})
 
 
 def _without_folds(structure: ModelStructure, online: Online) -> ModelStructure:

@@ -146,14 +146,14 @@ def _block(
     groups = []
     known: set[str] = set()
 
-    def layer(name: str, share: float, *, residual: bool, turn: int) -> LayerShape:
+    def layer(name: str, share: float, *, residual: bool, turn: int, keeps: bool) -> LayerShape:
         found = _layer(structure.linears[name], plan.layers.get(name), name, share, residual, dtype)
         change = changes.get(f"{structure.name}.{name}", Change())
         heads = (change.column_heads, change.row_heads)
         return replace(
             found,
-            stored=found.stored + turn,
-            tensors=found.tensors + (len(PARTS) if turn else 0),
+            stored=found.stored + (turn if keeps else 0),
+            tensors=found.tensors + (len(PARTS) if turn and keeps else 0),
             turn=turn,
             turns=sum(t is not None for t in (change.columns, change.rows, *heads)),
             by_head=any(heads),
@@ -172,11 +172,14 @@ def _block(
             turn = _rotation_bytes(group.width, duquant)
         for names in by_parent.values():
             share = chosen / experts if is_expert(f".{names[0]}") and experts else 1.0
-            layers = tuple(layer(n, share, residual=not norm, turn=turn) for n in names)
+            layers = tuple(
+                layer(n, share, residual=not norm, turn=turn, keeps=n == group.consumers[0])
+                for n in names
+            )
             groups.append(GroupShape(group.width, share, layers, group.source is not None, norm))
     for name, info in structure.linears.items():
         if name not in known:
-            alone = (layer(name, 1.0, residual=False, turn=0),)
+            alone = (layer(name, 1.0, residual=False, turn=0, keeps=False),)
             groups.append(GroupShape(info.in_features, 1.0, alone, False, False))
     block = shell.block(index)
     linear = sum(i.in_features * i.out_features for i in structure.linears.values())

@@ -40,7 +40,8 @@ class LayerShape:
         residual: what it gives is added to the residual stream, and is not kept for a gradient.
         turns: rotations of its weight each time that it is read (``transforms.rotation``).
         by_head: one of them is head by head, on a gathered copy.
-        turn: bytes of the rotation of its input that is stored with it (DuQuant's), 0 for none.
+        turn: bytes of the rotation of its input (DuQuant's), 0 for none. ``stored`` has them in the
+            first of the layers that share it.
     """
 
     rows: int

@@ -19,14 +19,17 @@ LOGITS_AT_ONCE = 1 << 24  # float32 logits held at once (64 MiB)
 
 
 @torch.no_grad()
-def window_losses(source: BlockSource, ids: Tensor, reporter: Reporter, title: str) -> list[float]:
+def window_losses(
+    source: BlockSource, ids: Tensor, reporter: Reporter, title: str, *, lead: int = 0
+) -> list[float]:
     """Mean negative log-likelihood in nats of each window.
 
     Args:
         source: the model.
-        ids: int64 [W, L]; position 0 of each window is context only.
+        ids: int64 [W, L]; position ``lead`` of each window and those before are context only.
         reporter: progress.
         title: shown with it.
+        lead: see ``ids``.
 
     Raises:
         WorkError: a loss is not finite.
@@ -42,7 +45,9 @@ def window_losses(source: BlockSource, ids: Tensor, reporter: Reporter, title: s
             hidden[part] = shell.run_block(index, hidden[part], kwargs[index])
         source.free(index)
         release_memory()  # pieces of freed blocks add up
-    losses = [_window_loss(source, h, i) for h, i in zip(hidden, ids, strict=True)]
+    losses = [
+        _window_loss(source, h, i) for h, i in zip(hidden[:, lead:], ids[:, lead:], strict=True)
+    ]
     if not all(map(torch.isfinite, torch.tensor(losses))):
         raise WorkError(f"{title}: the loss is not finite; try --dtype float32")
     return losses

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from crossbit.engine.progress import Reporter, release_memory
-from crossbit.errors import InputError
 from crossbit.evaluation.perplexity import window_losses
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
+from crossbit.models.families import needs_bos
+from crossbit.positions import check_length
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.loader import open_blocks
 
@@ -22,6 +23,7 @@ def losses_of(
     folder: Path,
     ids: Tensor,
     *,
+    start: int | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     execution: Execution = "auto",
@@ -29,16 +31,32 @@ def losses_of(
     reporter: Reporter | None = None,
     title: str = "evaluating",
 ) -> list[float]:
-    """Mean negative log-likelihood (nats) of every window int64 [W, L] under a local folder."""
+    """Mean negative log-likelihood (nats) of every window under a local folder.
+
+    Args:
+        folder: the model, original or quantized.
+        ids: int64 [W, L].
+        start: the BOS token, if the windows come without it because another model that is compared
+            on them has a prefix that ends with it. A model that needs it then gets it before each
+            window, and predicts the same tokens as the other: not the first after it.
+        dtype: of computation; None is the model's own.
+        device: "cpu" or "cuda".
+        execution: how quantized layers run (see ``QuantLinear``).
+        divisor: overrides the divisor of activation grids.
+        reporter: progress.
+        title: shown with it.
+
+    Raises:
+        InputError: the windows do not fit the model. WorkError: a loss that is not finite.
+    """
     source = open_blocks(folder, dtype=dtype, device=device, execution=execution, divisor=divisor)
-    prefix = 0 if source.online.prefix is None else source.online.prefix.ids.numel()
-    limit = getattr(source.shell.config, "max_position_embeddings", None)
-    if prefix and limit and prefix + ids.shape[1] > limit:
-        raise InputError(
-            f"{folder}: windows of {ids.shape[1]} tokens after its prefix of {prefix} exceed the "
-            f"model's {limit} positions; give --length {limit - prefix} or less"
-        )
-    found = window_losses(source, ids, reporter or Reporter(quiet=True), title)
+    config = source.shell.config
+    prefix = [] if source.online.prefix is None else source.online.prefix.ids.tolist()
+    lead = int(start is not None and needs_bos(config, prefix))
+    if start is not None and lead:
+        ids = torch.cat((torch.full((len(ids), 1), start), ids), dim=1)
+    check_length(config, ids.shape[1], len(prefix))
+    found = window_losses(source, ids, reporter or Reporter(quiet=True), title, lead=lead)
     del source
     release_memory()
     return found

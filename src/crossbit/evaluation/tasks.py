@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from crossbit.errors import InputError, WorkError
-from crossbit.models.families import needs_bos
+from crossbit.models.families import ends_with_bos, needs_bos
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.quiet import quiet_transformers
-from crossbit.runtime.loader import load_model, prefix_length
+from crossbit.positions import free_positions
+from crossbit.runtime.loader import folder_prefix, load_model
 
 
 def run_tasks(
@@ -183,21 +184,18 @@ def _language_model(
     # The harness would set up transformers' own quantizer for it; our layers are in place.
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
-    # None: what the config says, which does not know of a prefix.
-    longest = None
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and (prefix := prefix_length(folder)):
-        longest = limit - prefix
-    bos = needs_bos(model.config)
+    prefix = folder_prefix(folder)
+    bos = needs_bos(model.config, prefix)
     if bos:
         _make_bos_start(tokenizer, folder)
     return harness.models.huggingface.HFLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        max_length=longest,
-        # None: as the tokenizer itself does, the harness's default.
-        add_bos_token=True if bos else None,
+        # The harness reads it in the config by itself, which does not know of a prefix.
+        max_length=free_positions(model.config, len(prefix)),
+        # None: as the tokenizer itself does, the harness's default; but not a second one.
+        add_bos_token=False if ends_with_bos(model.config, prefix) else bos or None,
     )
 
 

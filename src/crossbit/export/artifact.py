@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crossbit.engine.plan import LayerPlan, ModelPlan
+from crossbit.engine.plan import BlockPlan, LayerPlan, ModelPlan
 from crossbit.export.compressed_tensors import module_tensors, quantization_config
 from crossbit.export.research import CLIP, COLUMNS, ROTATION
 from crossbit.export.scheme import QuantScheme
@@ -16,7 +16,7 @@ from crossbit.grid import Grid, QTensor
 from crossbit.models.experts import checkpoint_name, is_expert
 from crossbit.models.families import Family
 from crossbit.models.shell import Shell
-from crossbit.models.structure import ModelStructure
+from crossbit.models.structure import BlockStructure, ModelStructure
 from crossbit.recipe import Gptq
 from crossbit.runtime.install import QuantizedLayer
 from crossbit.solvers.gptq import gptq
@@ -132,32 +132,31 @@ def _joined(parts: list[QTensor]) -> QTensor:
 
 def block_tensors(
     family: Family,
-    name: str,
+    plan: BlockPlan,
     block: nn.Module,
     layers: Mapping[str, QuantizedLayer],
-    plans: Mapping[str, LayerPlan],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Tensors of one finished block in their exported form.
 
     Args:
         family: names in files.
-        name: the block, "model.layers.3".
+        plan: of the block.
         block: its module, with all folds applied.
         layers: its quantized layers by relative name.
-        plans: the plans of those layers.
         dtype: of the tensors that stay floating point.
     """
     tensors: dict[str, Tensor] = {}
+    name, keepers = plan.structure.name, _keepers(plan.structure)
     for relative, layer in layers.items():
         stored = stored_name(family, f"{name}.{relative}")
-        scheme = layer_scheme(f"{name}.{relative}", plans[relative])
+        scheme = layer_scheme(f"{name}.{relative}", plan.layers[relative])
         tensors.update(
             module_tensors(stored, layer.qtensor, scheme, static_scale=layer.static_scale)
         )
         if layer.columns is not None:
             tensors[f"{stored}.{COLUMNS}"] = layer.columns.float()
-        if layer.rotation is not None:
+        if layer.rotation is not None and keepers[relative] == relative:
             for key, tensor in layer.rotation.tensors().items():
                 tensors[f"{stored}.{ROTATION}{key}"] = tensor.clone()
         if layer.clip is not None:  # a copy: layers of one input may have one, files share none
@@ -167,6 +166,31 @@ def block_tensors(
         if key not in quantized:
             tensors[checkpoint_name(family, f"{name}.{key}")] = parameter.detach().to(dtype)
     return tensors
+
+
+def _keepers(structure: BlockStructure) -> dict[str, str]:
+    """Layer -> the first of those that read the same input, which its rotation is stored with.
+
+    An input is rotated for all layers that read it, or for none.
+    """
+    return {name: group.consumers[0] for group in structure.groups for name in group.consumers}
+
+
+def rotated(family: Family, plan: ModelPlan, stored: Container[str]) -> dict[str, str]:
+    """Module whose input is rotated -> the one whose tensors hold the rotation.
+
+    Args:
+        family: names in files, which the result speaks in.
+        plan: of the model.
+        stored: names of all tensors.
+    """
+    found = {}
+    for block in plan.blocks:
+        for pair in _keepers(block.structure).items():
+            module, keeper = (stored_name(family, f"{block.structure.name}.{n}") for n in pair)
+            if f"{keeper}.{ROTATION}first" in stored:
+                found[module] = keeper
+    return found
 
 
 def folder_config(structure: ModelStructure, plan: ModelPlan) -> dict[str, Any]:

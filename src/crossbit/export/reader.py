@@ -90,7 +90,7 @@ class QuantizedCheckpoint:
         self._research = activation_grids(folder)
         rotated = online_content(folder).get("rotations")
         # A damaged config is told by whoever runs the model; the integers can be read without.
-        self._rotated = frozenset(map(str, rotated)) if isinstance(rotated, list) else None
+        self._rotated: dict[str, str] | None = rotated if isinstance(rotated, dict) else None
         modules = _modules(self.stored.names)
         self._modules: dict[str, _Entry] = {}
         for name in sorted(m for m, parts in modules.items() if "weight_scale" in parts):
@@ -135,13 +135,14 @@ class QuantizedCheckpoint:
 
     def _rotation(self, name: str) -> DuRotation | None:
         """What turns a module's input at run time, if anything does."""
-        if self._rotated is None or name not in self._rotated:
+        keeper = (self._rotated or {}).get(name)
+        if keeper is None:
             return None
-        parts = {key: self.stored.tensor(f"{name}.{ROTATION}{key}") for key in PARTS}
+        parts = {key: self.stored.tensor(f"{keeper}.{ROTATION}{key}") for key in PARTS}
         try:
             return DuRotation.from_tensors(parts)
         except InputError as error:
-            raise InputError(f"{self.folder}: {name}: {error}") from None
+            raise InputError(f"{self.folder}: {keeper}: {error}") from None
 
     def _clip(self, name: str) -> Tensor | None:
         """The clip factor of a module's input, if it has one."""
@@ -312,14 +313,16 @@ class QuantizedCheckpoint:
         self._check_rotation(name, columns)
 
     def _check_rotation(self, name: str, columns: int) -> None:
-        stored = {key: f"{name}.{ROTATION}{key}" for key in PARTS}
         if self._rotated is None:
             return
-        if name not in self._rotated:
-            for tensor in stored.values():
+        keeper = self._rotated.get(name)
+        if keeper != name:
+            for tensor in (f"{name}.{ROTATION}{key}" for key in PARTS):
                 if tensor in self.stored:
                     raise InputError(f"{self.folder}: {tensor} contradicts the config")
+        if keeper is None:
             return
+        stored = {key: f"{keeper}.{ROTATION}{key}" for key in PARTS}
         self._expect(stored["permutation"], (columns,))
         for key in ("first", "second"):
             self._expect_present(stored[key])
@@ -354,7 +357,7 @@ class QuantizedCheckpoint:
                 raise InputError(
                     f"{self.folder}: {name}.weight_scale is missing; incomplete export"
                 )
-        for name in sorted((self._rotated or frozenset()) - set(self._modules)):
+        for name in sorted(set(self._rotated or ()) - set(self._modules)):
             raise InputError(
                 f"{self.folder}: config.json names {name} as rotated, which is not quantized in "
                 "the file"

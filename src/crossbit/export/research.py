@@ -8,7 +8,6 @@ a warning and load the codes as if they were weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,12 +49,6 @@ def wrap(
         "crossbit_activation_grids": [asdict(grid) for grid in kinds],
         "crossbit_activations": {n: kinds.index(g) for n, g in sorted(activations.items())},
     }
-
-
-def rotated(names: Iterable[str]) -> tuple[str, ...]:
-    """Modules, sorted, whose rotation is among the named tensors."""
-    first = f".{ROTATION}first"
-    return tuple(sorted(n.removesuffix(first) for n in names if n.endswith(first)))
 
 
 def is_research(config: dict[str, Any]) -> bool:

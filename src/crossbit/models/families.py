@@ -12,6 +12,7 @@ Adding an architecture means adding a row to `FAMILIES`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -328,7 +329,15 @@ def family_of(config: object) -> Family:
     return FAMILIES[model_type]
 
 
-def needs_bos(config: object) -> bool:
+def needs_bos(config: object, prefix: Sequence[int] = ()) -> bool:
     """True for architectures that were trained with a BOS token before every text and fail
-    without it (Gemma)."""
+    without it (Gemma), unless the tokens of ``prefix`` stand there and end with it: in training
+    there was one."""
+    if ends_with_bos(config, prefix):
+        return False
     return str(getattr(config, "model_type", "")).startswith("gemma")
+
+
+def ends_with_bos(config: object, prefix: Sequence[int]) -> bool:
+    """True if the tokens of a prefix end with BOS: a text comes after it without another."""
+    return bool(prefix) and prefix[-1] == getattr(config, "bos_token_id", None)

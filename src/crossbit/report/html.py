@@ -237,6 +237,9 @@ def activation_words(activations: Result) -> str:
     return f"{bits:.0f}-bit integers, {_ACTIVATIONS.get(kind, kind or 'kind not stated')}"
 
 
+PREFIX_NOTE = "before the quantized model's windows only; the original has none"
+
+
 def prefix_words(result: Result) -> str | None:
     """The tokens before every text, as they read and by number; None if there are none."""
     tokens, said = get(result, "prefix.tokens"), get(result, "prefix.text")
@@ -296,6 +299,7 @@ def _evaluation(result: Result) -> dict[str, Any] | None:
         ("Text", text(found, "text")),
         ("Windows", f"{windows:.0f}, not overlapping" if windows is not None else None),
         ("Window length", f"{length:.0f} tokens" if length is not None else None),
+        ("Prefix", PREFIX_NOTE if prefix_words(result) else None),
         ("Arithmetic", text(found, "dtype")),
         ("What ran", text(found, "path")),
         ("Calibrated on", text(result, "calibration.name")),

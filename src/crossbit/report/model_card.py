@@ -10,7 +10,7 @@ import jinja2
 import yaml
 
 from crossbit.report import values
-from crossbit.report.html import activation_words, grid_words, prefix_words
+from crossbit.report.html import PREFIX_NOTE, activation_words, grid_words, prefix_words
 from crossbit.report.values import Result, finite, get, mapping, number, rows, text
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -143,6 +143,8 @@ def _conditions(result: Result) -> str:
     parts = [text(found, "text")]
     if windows is not None and length is not None:
         parts.append(f"{windows:.0f} windows of {length:.0f} tokens, not overlapping")
+    if prefix_words(result):
+        parts.append(f"prefix: {PREFIX_NOTE}")
     dtype, path = text(found, "dtype"), text(found, "path")
     parts += [f"computed in {dtype}" if dtype else None, f"what ran: {path}" if path else None]
     return "; ".join(p for p in parts if p)

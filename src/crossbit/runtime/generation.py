@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from crossbit.errors import InputError
 from crossbit.export.research import is_research
-from crossbit.models.families import needs_bos
+from crossbit.models.families import ends_with_bos, needs_bos
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.quiet import quiet_transformers
 from crossbit.models.validate import read_config, weight_layout
-from crossbit.runtime.loader import folder_config, load_model, prefix_length
+from crossbit.positions import check_length, free_positions
+from crossbit.runtime.loader import folder_config, folder_prefix, load_model
 
 
 def generate_text(
@@ -39,19 +40,17 @@ def generate_text(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
     config = folder_config(folder)
-    bos = needs_bos(config) and not chat
+    prefix = folder_prefix(folder)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    if bos:
+    if needs_bos(config, prefix) and not chat:
         ids = torch.cat((torch.tensor([[tokenizer.bos_token_id]]), ids), dim=1)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None:
-        limit -= prefix_length(folder)
-        if ids.shape[1] >= limit:
-            raise InputError(
-                f"the prompt has {ids.shape[1]} tokens and the model has positions for {limit}; "
-                "give a shorter prompt"
-            )
-        tokens = min(tokens, limit - ids.shape[1])
+    elif ends_with_bos(config, prefix) and ids[0, 0] == prefix[-1] and ids.shape[1] > 1:
+        ids = ids[:, 1:]  # many a chat template begins with BOS
+    what = "a prompt and its continuation"
+    check_length(config, ids.shape[1] + 1, len(prefix), what=what, option=None)
+    free = free_positions(config, len(prefix))
+    if free is not None:
+        tokens = min(tokens, free - ids.shape[1])
     model: Any
     if is_research(read_config(folder)):
         model = load_model(folder, dtype=dtype, device=device)

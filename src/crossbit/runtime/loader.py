@@ -149,10 +149,10 @@ def open_blocks(
     return BlockSource(shell, Checkpoint(folder), dtype)
 
 
-def prefix_length(folder: Path) -> int:
-    """Tokens that a folder puts before every text; 0 for a plain one."""
+def folder_prefix(folder: Path) -> list[int]:
+    """Tokens that a folder puts before every text; none for a plain one."""
     found = online_content(folder).get("prefix")
-    return len(found) if isinstance(found, list) else 0
+    return found if isinstance(found, list) else []
 
 
 def folder_config(folder: Path) -> Any:

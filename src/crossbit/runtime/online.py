@@ -84,14 +84,15 @@ class Online:
 
     Attributes:
         hadamard: path of a linear layer -> channels of the Hadamard transform of its input.
-        rotations: names in the file of layers whose input has a rotation that is stored with them.
+        rotations: name in the file of a layer whose input is rotated -> name of the layer that the
+            rotation is stored with: itself, or another that reads the same input.
         keys: queries and keys are rotated, head by head, after RoPE.
         cache: grid of keys and values, None for floating point.
         prefix: tokens before every text, None if there are none.
     """
 
     hadamard: Mapping[str, int] = field(default_factory=dict)
-    rotations: tuple[str, ...] = ()
+    rotations: Mapping[str, str] = field(default_factory=dict)
     keys: bool = False
     cache: KVGrid | None = None
     prefix: PrefixTokens | None = None
@@ -184,7 +185,7 @@ class Online:
         prefix = None if self.prefix is None else self.prefix.ids.tolist()
         return {
             "hadamard": dict(self.hadamard),
-            "rotations": list(self.rotations),
+            "rotations": dict(self.rotations),
             "keys": self.keys,
             "cache": cache,
             "prefix": prefix,
@@ -203,7 +204,7 @@ class Online:
             not isinstance(sizes, dict)
             or not known <= set(data)
             or not all(type(v) is int for v in sizes.values())
-            or not isinstance(data["rotations"], list)
+            or not isinstance(data["rotations"], dict)
         ):
             raise InputError("damaged crossbit_online; quantize again")
         cache, prefix = data["cache"], data["prefix"]
@@ -213,7 +214,7 @@ class Online:
             raise InputError("damaged crossbit_online; quantize again") from None
         return cls(
             {str(k): v for k, v in sizes.items()},
-            tuple(map(str, data["rotations"])),
+            {str(k): str(v) for k, v in data["rotations"].items()},
             bool(data["keys"]),
             grid,
             None if prefix is None else PrefixTokens.from_tensors(stored, blocks),

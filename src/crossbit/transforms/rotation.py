@@ -203,7 +203,10 @@ def plan_rotation(shell: Shell, rotate: Rotate) -> RotationPlan:
                 if info.role not in _DOWN:
                     continue
                 if is_expert(f".{info.name}"):
-                    notes.append("the input of the experts' down_proj is not rotated")
+                    notes.append(
+                        "the input of the experts' down_proj is not rotated: they are fused, and "
+                        "there is no linear layer to do it before"
+                    )
                 else:
                     size = _block(info.in_features, f"the input of {info.role}", notes)
                     change(f"{block.name}.{info.name}", columns=Turn(size))
