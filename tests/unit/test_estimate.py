@@ -58,6 +58,9 @@ def test_a_larger_batch_needs_more_until_it_is_split() -> None:
     assert train(1) < train(2) < train(4) == train(8)
 
 
+LET = "transforms=[{kind: let}]"
+
+
 def test_low_rank_needs_less_than_full() -> None:
     full, low = (
         description(recipe_of(f"solver.parameter={name}")) for name in ("full", "low_rank")
@@ -94,6 +97,18 @@ def test_moving_along_singular_directions_takes_more(name: str) -> None:
     # Tuning all blocks counts it too.
     tuned = [description(recipe_of(*s, *TUNED)) for s in (still, settings)]
     assert peak_by_stage(tuned[1])["end to end"] > peak_by_stage(tuned[0])["end to end"]
+
+
+def test_factors_of_inputs_keep_a_moved_copy_of_each_weight() -> None:
+    plain, moved = (description(recipe_of(*settings)) for settings in ((), (LET,)))
+    factored = [layer for layer in moved.blocks[0].planned if layer.factored]
+    # All but the layer behind the nonlinearity: the values' rows make the input of o_proj.
+    assert len(factored) == len(moved.blocks[0].planned) - 1
+    extra = 4 * sum(layer.weights for layer in factored)
+    # Of a window of two blocks.
+    assert peak_by_stage(moved)["train"] - peak_by_stage(plain)["train"] >= 2 * extra
+    with_down = description(recipe_of("transforms=[{kind: let, down: true}]"))
+    assert all(layer.factored for layer in with_down.blocks[0].planned)
 
 
 def test_looking_ahead_takes_blocks_streams_and_passes() -> None:

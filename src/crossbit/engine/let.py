@@ -157,6 +157,18 @@ def query_key(plan: BlockPlan, let: Let) -> QueryKey | None:
     return found if plan.keys or tensor else None
 
 
+def factored_layers(plan: BlockPlan, let: Let) -> set[str]:
+    """Relative names of the layers whose rows or columns have trained factors."""
+    found: set[str] = set()
+    for group in plan.structure.groups:
+        if trainable(plan, group, let.down):
+            found.update(group.consumers)
+            if isinstance(group.source, RowSource):
+                found.add(group.source.linear)
+    pairs = query_key(plan, let)
+    return found if pairs is None else found | {pairs.queries, pairs.keys}
+
+
 def biases_of(found: Sequence[Equivalent]) -> dict[str, Bias]:
     """All biases that change with them, by the layer's relative name."""
     return {name: bias for equivalent in found for name, bias in equivalent.biases.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from crossbit.engine.job import needs_calibration
+from crossbit.engine.let import factored_layers
 from crossbit.engine.plan import BlockPlan, LayerPlan, ModelPlan
 from crossbit.estimate.shapes import (
     BlockShape,
@@ -22,7 +23,7 @@ from crossbit.export.scheme import INT, QuantScheme
 from crossbit.models.experts import is_expert
 from crossbit.models.shell import Shell
 from crossbit.packing import words_per_row
-from crossbit.recipe import DuQuant, Recipe, TrainedRounding
+from crossbit.recipe import DuQuant, Let, Recipe, TrainedRounding
 from crossbit.rotations.duquant import PARTS, block_size_for
 from crossbit.run import VERIFY_TOKENS, evaluation_length
 from crossbit.runtime.attention import IMPLEMENTATION
@@ -75,7 +76,8 @@ def describe(
     described = Description(
         recipe=recipe,
         blocks=tuple(
-            _block(shell, i, b, recipe.duquant, dtype, changes) for i, b in enumerate(plan.blocks)
+            _block(shell, i, b, recipe.duquant, recipe.let, dtype, changes)
+            for i, b in enumerate(plan.blocks)
         ),
         embedding=embedding,
         head=None if structure.tied else end(structure.head),
@@ -137,6 +139,7 @@ def _block(
     index: int,
     plan: BlockPlan,
     duquant: DuQuant | None,
+    let: Let | None,
     dtype: torch.dtype,
     changes: Mapping[str, Change],
 ) -> BlockShape:
@@ -145,6 +148,7 @@ def _block(
     chosen = float(getattr(config, "num_experts_per_tok", None) or 1)
     groups = []
     known: set[str] = set()
+    factored = set() if let is None else factored_layers(plan, let)
 
     def layer(name: str, share: float, *, residual: bool, turn: int, keeps: bool) -> LayerShape:
         found = _layer(structure.linears[name], plan.layers.get(name), name, share, residual, dtype)
@@ -155,6 +159,7 @@ def _block(
             stored=found.stored + (turn if keeps else 0),
             tensors=found.tensors + (len(PARTS) if turn and keeps else 0),
             turn=turn,
+            factored=name in factored,
             turns=sum(t is not None for t in (change.columns, change.rows, *heads)),
             by_head=any(heads),
         )

@@ -41,14 +41,17 @@ def _live_layer(layer: LayerShape) -> float:
 
 def _moved(layers: Iterable[LayerShape]) -> float:
     """Float32 copies of the weights that move, kept while a step is made."""
-    return sum(FLOAT * layer.weights for layer in layers if layer.directions)
+    return sum(FLOAT * layer.weights for layer in layers if layer.moves)
 
 
 def _pulled(layers: Iterable[LayerShape]) -> float:
-    """Of the worst layer: gradients; where the weight moves, that at it, and U^T G."""
+    """Of the worst layer: gradients; where the weight moves, that at it, and U^T G.
+
+    With factors also the product of that gradient with the weight.
+    """
 
     def numbers(layer: LayerShape) -> int:
-        moves = layer.weights if layer.directions else 0
+        moves = layer.weights * (layer.moves + layer.factored)
         return layer.parameters + moves + layer.directions * layer.columns
 
     return float(FLOAT * max(map(numbers, layers), default=0))

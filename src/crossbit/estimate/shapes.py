@@ -40,6 +40,7 @@ class LayerShape:
         residual: what it gives is added to the residual stream, and is not kept for a gradient.
         turns: rotations of its weight each time that it is read (``transforms.rotation``).
         by_head: one of them is head by head, on a gathered copy.
+        factored: LET trains factors of its rows or columns.
         turn: bytes of the rotation of its input (DuQuant's), 0 for none. ``stored`` has them in the
             first of the layers that share it.
     """
@@ -58,6 +59,7 @@ class LayerShape:
     residual: bool
     turns: int = 0
     by_head: bool = False
+    factored: bool = False
     turn: int = 0
 
     @property
@@ -99,6 +101,11 @@ class LayerShape:
         """Singular directions that the weight moves along, 0 if it stays where it is."""
         choice = choice_of(self.rounding).expansion
         return 0 if choice is None else choice.check_shape(self.rows, self.columns)
+
+    @property
+    def moves(self) -> bool:
+        """True if what is rounded is made anew each step (``rounding_state.moved_weight``)."""
+        return self.factored or self.directions > 0
 
     @property
     def basis(self) -> int:
