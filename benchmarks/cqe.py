@@ -2,9 +2,9 @@
 
     python -m benchmarks.cqe --text wikitext2-test.txt --work DIR [--only "A;B"] [--seeds 0,1]
 
-SmolLM2, 64 x 512 calibration tokens, 4 epochs, at three times the presets' rates, which are those of
-20 epochs over four times the tokens; perplexity over 40 windows of 2048 tokens of the
-text, embedding and head in floating point. Rows of kind "online" are executed by crossbit's own
+SmolLM2, 64 x 512 calibration tokens, 4 epochs, at three times the presets' rates, which are those
+of 20 epochs over four times the tokens; perplexity over 40 windows of 2048 tokens of the text,
+embedding and head in floating point. Rows of kind "online" are executed by crossbit's own
 loader. One result a row and seed, so that a stopped benchmark goes on where it was.
 """
 
