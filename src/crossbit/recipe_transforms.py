@@ -94,7 +94,7 @@ class Let(Strict):
     ``shift`` moves inputs that are quantized, where biases take it up; OmniQuant has none either
     where inputs stay as they are. ``qk`` has factors of queries and keys where keys are quantized
     (``cache``), or a weight that makes them has one scale in all: a row with scales of its own
-    rounds alike whatever its factor, so elsewhere there would be nothing to learn.
+    that follow it (``limits: range``) rounds alike whatever its factor.
     """
 
     kind: Literal["let"] = "let"

@@ -134,3 +134,15 @@ def test_not_for_other_shapes() -> None:
     assert is_fast(q, k, v)
     assert not is_fast(q[:, :, :4], k, v)
     assert not is_fast(q, k, v[..., :8])
+
+
+def test_a_bias_of_the_keys_costs_no_precision() -> None:
+    """Scores of hundreds that differ by ones, as where the layer of the keys has a large bias."""
+    q, k, v, g = _inputs(1, 4, 2, 256, 32)
+    q, k = (
+        (q + 4).bfloat16(),
+        (k + 12 * torch.randn(32, generator=torch.Generator().manual_seed(1))).bfloat16(),
+    )
+    assert 0.2 * float((q[:, ::2] @ k.transpose(2, 3)).abs().max()) > 100
+    for ours, exact in zip(_ours(q, k, v, g, 0.2), _reference(q, k, v, g, 0.2), strict=True):
+        assert float((ours - exact).norm()) < 0.03 * float(exact.norm())

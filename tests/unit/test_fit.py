@@ -18,6 +18,7 @@ from crossbit.engine.fit import (
     Optimiser,
     Progress,
     Task,
+    diverges,
     fit,
     held_out,
     outcome,
@@ -508,3 +509,25 @@ def test_weights_are_there_only_while_they_are_used() -> None:
         assert layers[0].weight is not None
         assert torch.equal(layers[0].weight, layers[0].first.dequantize().bfloat16())
     assert [layer.weight for layer in layers] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("found", "best", "ceiling", "expected"),
+    [
+        (0.02, 0.01, None, True),
+        (0.014, 0.01, None, False),
+        # Small shares are as good as ratios.
+        (0.02, 0.01, 1.0, True),
+        (0.014, 0.01, 1.0, False),
+        # Relative errors of 2.33 and 4: no more than 1.14 times as large a share.
+        (0.8, 0.7, 1.0, True),
+        (0.75, 0.7, 1.0, False),
+        (1.6, 1.4, 2.0, True),
+        (1.0, 0.99, 1.0, True),
+        (1.0, 1.0, 1.0, False),
+    ],
+)
+def test_divergence_is_seen_below_a_ceiling(
+    found: float, best: float, ceiling: float | None, expected: bool
+) -> None:
+    assert diverges(found, best, ceiling) is expected

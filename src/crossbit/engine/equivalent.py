@@ -9,8 +9,9 @@ linear layer. Rows of values may be shifted because the shares that attention gi
 one. Rows of queries are divided by a factor with which those of the keys are multiplied.
 
 The block's function stays what it is, its rounding does not: what is rounded are W~ and X~. W is
-the weight from which its rounding starts, before anything moves it, so that W d is what the
-unrounded layer loses with d; it is no part of what is rounded. Trained are log s, from where a fold
+the weight from which its rounding starts, before anything moves it (after GPTQ that is
+``continuous_start``, not the original), so that W d is what this weight loses with d; it is no part
+of what is rounded. Trained are log s, from where a fold
 has begun, and d. A norm's gain and bias are rounded to the dtype in which they are stored before s
 and d are taken from them, so that both sides stay each other's inverse.
 

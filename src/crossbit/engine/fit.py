@@ -56,6 +56,7 @@ class Task:
         tokens: at most as many go through the blocks at once (a sequence at least).
         checkpointed: keep only what enters each block, and run it again for its gradient.
         ahead: original blocks after the window, frozen, that its output goes through.
+        ceiling: what the loss cannot exceed, None where it can grow without end.
     """
 
     blocks: Sequence[TrainedBlock]
@@ -71,6 +72,7 @@ class Task:
     tokens: int = 4096
     checkpointed: bool = False
     ahead: Sequence[Callable[[Tensor], Tensor]] = ()
+    ceiling: float | None = None
 
     @property
     def steps_an_epoch(self) -> int:
@@ -301,12 +303,22 @@ def fit(
     return progress
 
 
+def diverges(found: float, best: float, ceiling: float | None) -> bool:
+    """Whether a held-out loss is so far above the best one that training should go back.
+
+    Under a ceiling it is the ratio to what is left below that counts, e of a share e / (1 + e).
+    """
+    if ceiling is not None:
+        found, best = (x / max(ceiling - x, 1e-9 * ceiling) for x in (found, best))
+    return found > RISING * best
+
+
 def _judge(task: Task, keeper: Keeper, progress: Progress) -> str:
     """After an epoch: the held-out loss; what is wrong with it, if anything."""
     found = held_out(task)
     progress.losses.append((progress.running / task.steps_an_epoch, found))
     progress.running = 0.0
-    rises = found > RISING * progress.best and not any(
+    rises = diverges(found, progress.best, task.ceiling) and not any(
         layer.undecided or layer.state.choice.mode == "sigmoid"
         for _, layer in layers_of(task.blocks)
     )

@@ -178,8 +178,11 @@ class InputStatistics:
         self._fitting = []
         if self.hessian is not None and self.tokens:
             # (X - d)^T (X - d) = X^T X - m d^T - d m^T + d d^T, in means.
-            both = torch.outer(self._sum.float() / self.hessian.count - d / 2, d)
-            self.hessian_matrix().sub_(both + both.t())
+            # In float64: a shift far larger than what is left of X cancels nearly all of it.
+            both = torch.outer(self._sum / self.hessian.count - d.double() / 2, d.double())
+            matrix = self.hessian_matrix()
+            matrix.copy_(matrix.double() - (both + both.t()))
+            matrix.diagonal().clamp_(min=0.0)
             self._sum -= self.hessian.count * d.double()
         self._measure_sample()
 

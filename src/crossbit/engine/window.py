@@ -20,7 +20,7 @@ from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of, materialised
 from crossbit.engine.workdir import WorkDir
 from crossbit.objective import homologous, reconstruction_loss, terms_ahead
-from crossbit.recipe import Training
+from crossbit.recipe import Objective, Training
 from crossbit.windows import Window
 
 SAVE_SECONDS = 60.0  # between two states of a window in training that a killed run goes on from
@@ -100,6 +100,7 @@ def train_window(
         settings=job.recipe.training,
         steps={name: trains_steps(job, name) for name, _ in layers_of(blocks)},
         ahead=[_frozen(job, window.stop + n, length) for n in range(len(terms) - 1)],
+        ceiling=None if logits else _ceiling(objective, terms),
     )
     progress = train(work, window, task, reporter, interrupted)
     if logits:
@@ -122,6 +123,7 @@ def make_task(
     steps: dict[str, bool],
     checkpointed: bool = False,
     ahead: Sequence[Callable[[Tensor], Tensor]] = (),
+    ceiling: float | None = None,
 ) -> Task:
     """What blocks are trained on, from files: see ``Task``.
 
@@ -131,7 +133,7 @@ def make_task(
         blocks: those, opened.
         entering: activations that enter the first.
         targets: what should leave the last.
-        loss, settings, steps, checkpointed, ahead: of the task.
+        loss, settings, steps, checkpointed, ahead, ceiling: of the task.
     """
     count, held = entering.shape[0], job.held_out
 
@@ -155,6 +157,7 @@ def make_task(
         seed=job.recipe.calibration.seed * 65_537 + window.index,
         checkpointed=checkpointed,
         ahead=ahead,
+        ceiling=ceiling,
     )
 
 
@@ -239,6 +242,13 @@ def _loss(job: Job, logits: bool, terms: Sequence[float]) -> Loss:
         return total
 
     return loss
+
+
+def _ceiling(objective: Objective, terms: Sequence[float]) -> float | None:
+    """The largest value of the loss: with the bounded norm that of its weights."""
+    if objective.norm != "bounded" or objective.kl:
+        return None
+    return sum(terms) + terms[0] * objective.homologous
 
 
 @torch.no_grad()

@@ -123,7 +123,10 @@ class Probe:
         found["quantized"] = found["forward"] * self._quantized(tokens)
         if "trained" in kinds:
             taken = self._trained(block, x[:1], kwargs) / length
-            found["attended"] = self._attended(length)
+            masked = any(
+                name.endswith("mask") and isinstance(x, Tensor) for name, x in kwargs.items()
+            )
+            found["attended"] = self._attended(length, masked or self.d.recipe.prefix is not None)
             taken = max(taken - found["attended"] * attention(self.d, length), 0.1 * taken)
             found["trained"] = taken / flops(shape)
         return found
@@ -146,15 +149,20 @@ class Probe:
         taken = best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return taken / (length * attention(self.d, length))
 
-    def _attended(self, length: int) -> float:
+    def _attended(self, length: int, masked: bool) -> float:
+        """In training: with a mask, or with scores that are capped, there is no faster way."""
         q, k, v = (x.requires_grad_(True) for x in self._heads(length))
+        mask = torch.ones(length, length, dtype=torch.bool).tril() if masked else None
+        fast = is_fast(q, k, v) and not masked and not self.d.eager
 
         def step() -> None:
             with torch.enable_grad():
-                if is_fast(q, k, v):
+                if fast:
                     out = causal_attention(q, k, v, 1.0)
                 else:
-                    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                    out = F.scaled_dot_product_attention(
+                        q, k, v, attn_mask=mask, is_causal=mask is None
+                    )
                 torch.autograd.backward(out, out.detach())
             for leaf in (q, k, v):
                 leaf.grad = None

@@ -3,7 +3,8 @@
 One seam for calibration, evaluation and generation. ``register`` makes "crossbit" an attention
 implementation of transformers; a model opened with it computes what "sdpa" computes, bit for bit,
 until ``attach`` gives one of its attention modules an ``AttentionChange``. Where gradients are
-wanted on a CPU it takes a faster way to nearly the same (``causal_attention``). Models with
+wanted on a CPU and no mask says more than causal, as a prefix or a sliding window would, it takes a
+faster way to nearly the same (``causal_attention``). Models with
 soft-capped scores (Gemma-2), which transformers runs as "eager" only, are computed here as "eager"
 does.
 

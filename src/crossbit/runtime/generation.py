@@ -44,7 +44,7 @@ def generate_text(
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if needs_bos(config, prefix) and not chat:
         ids = torch.cat((torch.tensor([[tokenizer.bos_token_id]]), ids), dim=1)
-    elif ends_with_bos(config, prefix) and ids[0, 0] == prefix[-1] and ids.shape[1] > 1:
+    elif ends_with_bos(config, prefix) and ids.shape[1] > 1 and ids[0, 0] == prefix[-1]:
         ids = ids[:, 1:]  # many a chat template begins with BOS
     what = "a prompt and its continuation"
     check_length(config, ids.shape[1] + 1, len(prefix), what=what, option=None)
