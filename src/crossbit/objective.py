@@ -32,7 +32,7 @@ def reconstruction_loss(
     output: Tensor,
     target: Tensor,
     *,
-    norm: Norm = "token",
+    norm: Norm = "bounded",
     kl: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -104,7 +104,7 @@ def homologous(
     homologous_target: Tensor,
     *,
     weight: float = 1.0,
-    norm: Norm = "token",
+    norm: Norm = "bounded",
     kl: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:

@@ -213,7 +213,7 @@ def test_what_was_measured_is_the_folder(online: Any, tied: Path) -> None:
     ids = torch.arange(64).reshape(2, 32)
     losses, fake = (losses_of(out, ids, execution=e) for e in ("integer", "fake"))
     # Sums in another order: an input of 4 bits may fall on the neighbouring code.
-    assert losses == pytest.approx(fake, rel=1e-2)
+    assert losses == pytest.approx(fake, rel=3e-2)
 
 
 def test_it_generates(online: Any, cli: Cli) -> None:

@@ -203,7 +203,7 @@ def quantized_states(llama: Path, seen: Seen) -> list[Tensor]:
 
 
 def by_token(output: Tensor, target: Tensor) -> float:
-    """The error of each token over its target's length, in float64."""
+    """The share of each token's power that is error, in float64."""
     o, t = output.double().flatten(0, 1), target.double().flatten(0, 1)
     length = t.square().sum(-1)
     middle = length.sort().values[(length.numel() - 1) // 2]
@@ -211,7 +211,7 @@ def by_token(output: Tensor, target: Tensor) -> float:
         float((a - b).square().sum() / (n if n > 1e-4 * middle else middle))
         for a, b, n in zip(o, t, length, strict=True)
     ]
-    return sum(errors) / len(errors)
+    return sum(e / (1 + e) for e in errors) / len(errors)
 
 
 ALONE = {"window": 1, "overlap": 0}

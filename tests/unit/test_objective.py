@@ -117,8 +117,8 @@ def test_nothing_is_lost_at_equality(norm: Norm, dtype: torch.dtype) -> None:
 def test_token_norm_does_not_depend_on_scale(exponent: float, seed: int) -> None:
     output, target = pair(9, 16, seed=seed)
     target[0] = 0  # the guard scales with the rest
-    plain = reconstruction_loss(output, target)
-    scaled = reconstruction_loss(output * 10**exponent, target * 10**exponent)
+    plain = reconstruction_loss(output, target, norm="token")
+    scaled = reconstruction_loss(output * 10**exponent, target * 10**exponent, norm="token")
     assert scaled.item() == pytest.approx(plain.item(), rel=1e-4)
 
 
@@ -144,8 +144,10 @@ def test_a_massive_token_does_not_decide_the_token_norm() -> None:
     assert found["sum"] > 1000 * without["sum"]
     assert found["mean"] > 1000 * without["mean"]
     # It does not move what the others weigh either.
-    _, gradient = value_and_gradient(lambda o: reconstruction_loss(o, target), output)
-    _, alone = value_and_gradient(lambda o: reconstruction_loss(o, target[1:]), output[1:])
+    _, gradient = value_and_gradient(lambda o: reconstruction_loss(o, target, norm="token"), output)
+    _, alone = value_and_gradient(
+        lambda o: reconstruction_loss(o, target[1:], norm="token"), output[1:]
+    )
     close(gradient[1:] * 64, alone * 63, 1e-5)
 
 
@@ -154,7 +156,7 @@ def test_targets_without_length_count_like_a_typical_token() -> None:
     output[0], target[0] = 0.1, 0.0
     output[1], target[1] = 0.1, 1e-9
     median = target[2:].square().sum(-1).sort().values
-    value = reconstruction_loss(output, target)
+    value = reconstruction_loss(output, target, norm="token")
     plain = (output - target).square().sum(-1)
     regular = (plain[2:] / target[2:].square().sum(-1)).sum()
     bounds = [(regular + 2 * 16 * 0.01 / m) / 33 for m in (median.max(), median.min())]
@@ -165,7 +167,7 @@ def test_targets_without_length_count_like_a_typical_token() -> None:
 def test_targets_that_are_all_zero_leave_the_squared_error(length: float) -> None:
     target = torch.full((4, 8), length)
     value, gradient = value_and_gradient(
-        lambda o: reconstruction_loss(o, target), torch.full((4, 8), 0.5)
+        lambda o: reconstruction_loss(o, target, norm="token"), torch.full((4, 8), 0.5)
     )
     assert value.item() == pytest.approx(8 * 0.25)
     assert torch.isfinite(gradient).all()
