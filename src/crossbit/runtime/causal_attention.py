@@ -10,7 +10,7 @@ query's is taken out, so it is for gradients, not for evaluation.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Returns:
         [B, H, L, D]; gradients flow to all three.
     """
-    return cast(Tensor, _Causal.apply(query, key, value, scale))  # type: ignore[no-untyped-call]
+    dtype = query.dtype
+    if query.shape[2] <= _ROWS:
+        # Nothing to gain from bfloat16, and of few keys' gradients little is left to round.
+        query, key, value = (x.float() for x in (query, key, value))
+    found: Tensor = _Causal.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+    return found.to(dtype)
 
 
 class _Causal(torch.autograd.Function):
