@@ -179,14 +179,8 @@ class Optimiser:
         """One step of a layer; learning rates times ``factor``."""
         if name not in self.each:
             return
-        optimiser, parameters = self.each[name], layer.state.parameters
-        for group, key in zip(optimiser.param_groups, self.keys[name], strict=True):
-            share = layer.state.expansion_rate if key in EXPANSION else 1.0
-            group["lr"] = factor * share * self._rates.get(key, self._default)
-            parameters[key].grad = gradients[key]
-        optimiser.step()
-        for parameter in parameters.values():
-            parameter.grad = None
+        share = layer.state.expansion_rate
+        self._move(name, layer.state.parameters, gradients, factor, expansion=share)
         forget_moved(layer.state)
         limit(layer.state)
 
@@ -203,14 +197,27 @@ class Optimiser:
         self, name: str, equivalent: Equivalent, gradients: dict[str, Tensor], factor: float
     ) -> None:
         """One step of the logarithms of an input's factors, and of its shifts."""
-        optimiser, parameters = self.each[name], equivalent.parameters
+        self._move(name, equivalent.parameters, gradients, factor)
+        equivalent.log.clamp_(-LIMIT, LIMIT)
+
+    def _move(
+        self,
+        name: str,
+        parameters: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        factor: float,
+        *,
+        expansion: float = 1.0,
+    ) -> None:
+        """One step of Adam; learning rates times ``factor``, and that of an expansion its own."""
+        optimiser = self.each[name]
         for group, key in zip(optimiser.param_groups, self.keys[name], strict=True):
-            group["lr"] = factor * self._rates[key]
+            share = expansion if key in EXPANSION else 1.0
+            group["lr"] = factor * share * self._rates.get(key, self._default)
             parameters[key].grad = gradients[key]
         optimiser.step()
         for parameter in parameters.values():
             parameter.grad = None
-        equivalent.log.clamp_(-LIMIT, LIMIT)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Everything it remembers, named; the tensors are its own."""
