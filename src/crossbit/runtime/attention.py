@@ -4,9 +4,8 @@ One seam for calibration, evaluation and generation. ``register`` makes "crossbi
 implementation of transformers; a model opened with it computes what "sdpa" computes, bit for bit,
 until ``attach`` gives one of its attention modules an ``AttentionChange``. Where gradients are
 wanted on a CPU and no mask says more than causal, as a prefix or a sliding window would, it takes a
-faster way to nearly the same (``causal_attention``). Models with
-soft-capped scores (Gemma-2), which transformers runs as "eager" only, are computed here as "eager"
-does.
+faster way to nearly the same (``causal_attention``). Models with soft-capped scores (Gemma-2) run
+as "eager" only in transformers, and are computed here as "eager" does.
 
 Order of the changes, for queries [B, H, L, D], keys and values [B, Hkv, K, D] after RoPE:
 rotate queries and keys; quantize keys and values; put the prefix in front, unquantized.
@@ -256,19 +255,16 @@ def attention(
         query = change.rotate(query)
         key, value = _changed(change, key, value)
         if change.prefix_key is not None and change.prefix_value is not None:
-            causal = kwargs.get("is_causal")
-            if causal is None:
-                causal = getattr(module, "is_causal", True)
+            causal = _is_causal(module, kwargs)
             attention_mask = _with_prefix_visible(
-                attention_mask, query, key, change.prefix_key.shape[2], bool(causal)
+                attention_mask, query, key, change.prefix_key.shape[2], causal
             )
             key = _prepend(change.rotate(change.prefix_key), key)
             value = _prepend(change.prefix_value, value)
     if kwargs.get("softcap") is not None:
         return _softcapped(module, query, key, value, attention_mask, **kwargs), None
     if _trained(module, query, key, value, attention_mask, kwargs):
-        scaling = kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        scale = _scale(query, kwargs.get("scaling"))
         return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     found: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, **kwargs)
@@ -284,16 +280,26 @@ def _trained(
     kwargs: Mapping[str, Any],
 ) -> bool:
     """True if gradients are wanted of plain causal attention, and ours is the faster way there."""
-    causal = kwargs.get("is_causal")
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in (query, key, value))
         and mask is None
-        and bool(getattr(module, "is_causal", True) if causal is None else causal)
+        and _is_causal(module, kwargs)
         and not kwargs.get("dropout")
         and kwargs.get("position_bias") is None
         and is_fast(query, key, value)
     )
+
+
+def _is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """What the call says, or the module."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _scale(query: Tensor, scaling: float | None) -> float:
+    """Of the scores; transformers' default is that of the head's width."""
+    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
 def _changed(change: AttentionChange, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,7 +357,7 @@ def _softcapped(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(2, 3) * _scale(query, scaling)
     scores = torch.tanh(scores / softcap) * softcap
     if mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True):
         mask = _causal(query.shape[2], key.shape[2], query.device)
