@@ -152,8 +152,7 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
         "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
         "compressed-tensors, which all the others use. Bits count codes, scales and zero points:",
         "packed asymmetric weights of ours have float32 scales. Epochs and rate of the end-to-end",
-        "row were chosen on the embedded text. The W4A4 row of `best` was trained with the token",
-        "norm, the default of its day; its command says so.",
+        "row were chosen on the embedded text.",
         "",
         "| setting | method | tokens | perplexity | loss | +- | bits a weight | s | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -162,7 +161,9 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
     for row in sorted(found, key=lambda r: (order[r["setting"]], r.get("loss", float("inf")))):
         budget = f"{row['samples']} x {row['length']}"
         online = " (online)" if row.get("kind") == "online" else ""
-        head = f"| {LOW_BITS[row['setting']]} | {row['method']}{online} | {budget} |"
+        # Not what the recipe does by itself: the command says so, and the table.
+        token = ", token norm" if "objective.norm=token" in row.get("command", "") else ""
+        head = f"| {LOW_BITS[row['setting']]} | {row['method']}{online}{token} | {budget} |"
         if "failed" in row:
             message = row["failed"].replace("|", "/")
             lines.append(f"{head} failed: {message} | | | | | |")
