@@ -175,7 +175,7 @@ def test_rescaled_statistics_are_those_of_the_rescaled_input(
 def test_shifted_statistics_are_those_of_the_shifted_input() -> None:
     """Between folds: the Hessian in closed form, maxima and means of the sample."""
     x, held = with_massive((11,)) + 3, activations(20, seed=1) + 3
-    stats = filled(x, hessian=True)
+    stats = filled(x, hessian=True, centres=True)
     stats.add_hessian_only(held)
     stats.add_sample(held)
     every = torch.cat((x, held)).double()

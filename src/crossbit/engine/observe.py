@@ -74,6 +74,7 @@ def make_states(
     tokens: int,
     ranges: bool,
     hessian: Callable[[str], bool],
+    centres: Callable[[InputGroup], bool] = lambda _: False,
 ) -> list[GroupState]:
     """Empty statistics for every group of a block.
 
@@ -83,6 +84,7 @@ def make_states(
         tokens: tokens of the fitting sequences.
         ranges: whether anything looks at maxima and means.
         hessian: whether the solver of a layer (relative name) wants X^T X.
+        centres: whether the input of a group will be shifted.
     """
     states = []
     for group in block.groups:
@@ -98,6 +100,7 @@ def make_states(
                     tokens=tokens,
                     ranges=ranges,
                     hessian=any(hessian(n) for n in names),
+                    centres=centres(group),
                 ),
             )
             for names in by_parent.values()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crossbit.engine.job import Job, batch_of, calibrated
+from crossbit.engine.let import shifted
 from crossbit.engine.observe import GroupState, attach, make_states
 from crossbit.engine.plan import BlockPlan
 from crossbit.engine.progress import release_memory
@@ -21,6 +22,7 @@ from crossbit.engine.statistics import InputStatistics
 from crossbit.engine.stream import Stream, StreamWriter
 from crossbit.engine.turn import turn_inputs
 from crossbit.models.checkpoint import check_finite
+from crossbit.models.structure import InputGroup
 from crossbit.recipe import Activations, CrossFold, Gptq, Rtn
 from crossbit.rotations.duquant import DuRotation
 from crossbit.runtime.install import QuantizedLayer
@@ -109,10 +111,19 @@ def _empty_states(job: Job, plan: BlockPlan) -> list[GroupState]:
         layer = plan.layers.get(name)
         return layer is not None and isinstance(layer.solver, Gptq)
 
+    def centres(group: InputGroup) -> bool:
+        let = job.recipe.let
+        return let is not None and shifted(plan, group, let)
+
     activations = [layer.activation_config for layer in plan.layers.values()]
     ranges = bool(job.recipe.folds) or any(a and calibrated(a) for a in activations)
     return make_states(
-        plan.structure, percentile=percentile, tokens=fitting, ranges=ranges, hessian=hessian
+        plan.structure,
+        percentile=percentile,
+        tokens=fitting,
+        ranges=ranges,
+        hessian=hessian,
+        centres=centres,
     )
 
 

@@ -27,6 +27,7 @@ class InputStatistics:
         tokens: tokens that will be seen, needed for a percentile below 100.
         hessian: accumulate X^T X over every token.
         ranges: keep maxima and means; without, only tokens are counted.
+        centres: keep what ``shift`` needs beside the Hessian: the sum of X over its tokens.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class InputStatistics:
         tokens: int = 0,
         hessian: bool = False,
         ranges: bool = True,
+        centres: bool = False,
     ) -> None:
         self.columns = columns
         self._ranges = ranges
@@ -50,7 +52,7 @@ class InputStatistics:
         self.tokens = 0
         self.massive_tokens = 0
         self.hessian = HessianAccumulator(columns) if hessian else None
-        self._sum = torch.zeros(columns, dtype=torch.float64)  # of what is in the Hessian
+        self._sum = torch.zeros(columns, dtype=torch.float64) if centres else None
         self._sample: list[Tensor] = []
         self._fitting: list[Tensor] = []
         self._factor = torch.ones(columns)
@@ -84,7 +86,8 @@ class InputStatistics:
         if self.hessian is not None:
             x = x.reshape(-1, self.columns)
             self.hessian.add(x)
-            self._sum += x.sum(0, dtype=torch.float64)
+            if self._sum is not None:  # next to the product, a sum in float64 is no small thing
+                self._sum += x.sum(0, dtype=torch.float64)
 
     def add_sample(self, x: Tensor) -> None:
         """Keep activations [..., K] of held-out sequences (float32) for searches.
@@ -149,7 +152,8 @@ class InputStatistics:
         self._top_ordinary = self._top_ordinary / f
         self._largest = self._largest / f
         self._abs_sum = self._abs_sum / f.double()
-        self._sum = self._sum / f.double()
+        if self._sum is not None:
+            self._sum = self._sum / f.double()
         self._sample = [s / f for s in self._sample]
         self._factor = self._factor * f
         if self._matrix is not None:
@@ -169,7 +173,7 @@ class InputStatistics:
         self._measure_sample()
 
     def shift(self, shift: Tensor) -> None:
-        """Account for X -> X - shift [K]; nothing can be rotated before.
+        """Account for X -> X - shift [K], with ``centres``; nothing can be rotated before.
 
         Means and maxima are not known of X - shift and are those of its samples from here on.
         """
@@ -177,6 +181,7 @@ class InputStatistics:
         self._sample = [self._joined(self._sample) - d]
         self._fitting = []
         if self.hessian is not None and self.tokens:
+            assert self._sum is not None
             # (X - d)^T (X - d) = X^T X - m d^T - d m^T + d d^T, in means.
             # In float64: a shift far larger than what is left of X cancels nearly all of it.
             both = torch.outer(self._sum / self.hessian.count - d.double() / 2, d.double())
