@@ -15,14 +15,21 @@ from crossbit.engine.window import train
 from crossbit.engine.workdir import WorkDir, part_name
 from crossbit.estimate.disk import disk, outside, packed, part, stream_bytes, trained
 
+Tiny = tuple[Path, Path]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A model and a text for runs that are kept short."""
+    shorten(monkeypatch)
+    return tiny_folder(tmp_path / "model", "llama"), write_text(tmp_path / "text.txt", 1)
+
 
 @pytest.mark.parametrize("base", ["gptq-w4a16", "crossquant-w8a8", "rtn-w3a16-g64"])
 def test_bytes_of_files_are_those_of_a_run(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
+    model, text = tiny
     found: dict[str, int] = {}
 
     def closing(*args: Any) -> Any:
@@ -50,11 +57,9 @@ def test_bytes_of_files_are_those_of_a_run(
 
 @pytest.mark.parametrize("moves", [(), *MOVES.values(), *TURNS.values()], ids=str)
 def test_trained_states_are_those_of_a_run(
-    moves: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moves: tuple[str, ...], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
+    model, text = tiny
     states: dict[str, int] = {}
     real = WorkDir.save_state
 
@@ -72,11 +77,9 @@ def test_trained_states_are_those_of_a_run(
 
 
 def test_states_for_tuning_are_those_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
+    model, text = tiny
     states: dict[str, int] = {}
     sizes: dict[str, int] = {}
     real = WorkDir.save_state
@@ -107,11 +110,9 @@ def test_states_for_tuning_are_those_of_a_run(
 
 @pytest.mark.parametrize("ahead", ["[1]", "[1,1]", "[0,1,1]", "[1,0,0,1]"])
 def test_targets_ahead_are_those_of_a_run(
-    ahead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ahead: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shorten(monkeypatch)
-    model = tiny_folder(tmp_path / "model", "llama")
-    text = write_text(tmp_path / "text.txt", 1)
+    model, text = tiny
     found: list[dict[str, int]] = []
     frozen: list[int] = []
 
