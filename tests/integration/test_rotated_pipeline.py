@@ -210,10 +210,12 @@ def test_what_was_measured_is_the_folder(online: Any, tied: Path) -> None:
         str(out), text="embedded", length=32, windows=2, against=str(tied), execution="fake"
     )
     assert found["paired"]["loss"] == pytest.approx(recorded["paired"]["loss"], rel=1e-3)
-    ids = torch.arange(64).reshape(2, 32)
-    losses, fake = (losses_of(out, ids, execution=e) for e in ("integer", "fake"))
-    # Sums in another order: an input of 4 bits may fall on the neighbouring code.
-    assert losses == pytest.approx(fake, rel=3e-2)
+    ids = torch.arange(192).reshape(6, 32)
+    losses, fake = (torch.tensor(losses_of(out, ids, execution=e)) for e in ("integer", "fake"))
+    # Sums in another order: an input of 4 bits may fall on the neighbouring code. How far that
+    # moves the loss of one window is chance, not so the mean of several.
+    assert float(losses.mean()) == pytest.approx(float(fake.mean()), rel=1e-2)
+    assert losses.tolist() == pytest.approx(fake.tolist(), rel=3e-2)
 
 
 def test_it_generates(online: Any, cli: Cli) -> None:
