@@ -285,7 +285,7 @@ def main() -> None:
                 continue
             about = {"setting": name, "method": method}
             row = once(
-                f"low-bits-{name}-{method}",
+                f"low-bits-{name}-{method}-{args.samples}x{args.length}",
                 f"{command} --only {name} --methods {method} --samples {args.samples} "
                 f"--length {args.length} --windows {args.windows}",
                 partial(measured, args, about, job, ids, original),

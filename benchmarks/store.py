@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,21 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def commit() -> str:
+    """The commit that is measured, with a + where its files were changed; "" outside git."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True)
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "../src", "../benchmarks/*.py"]
+        )
+    except OSError:
+        return ""
+    if head.returncode:
+        return ""
+    return head.stdout.decode().strip() + ("+" if changed.returncode else "")
+
+
 def once(name: str, command: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The stored result of that name, or what ``measure`` returns, stored with its conditions."""
     path = RESULTS / f"{name}.json"
@@ -21,6 +37,8 @@ def once(name: str, command: str, measure: Callable[[], dict[str, Any]]) -> dict
         stored: dict[str, Any] = json.loads(path.read_text("utf8"))
         return stored
     print(f"measuring {name}", flush=True)
+    # Before: a run of hours may outlive a checkout.
+    measured = commit()
     result = {
         **measure(),
         "conditions": {
@@ -28,6 +46,7 @@ def once(name: str, command: str, measure: Callable[[], dict[str, Any]]) -> dict
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
+            "commit": measured,
         },
     }
     RESULTS.mkdir(exist_ok=True)
