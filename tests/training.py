@@ -85,8 +85,12 @@ def uninterrupted(out: Path, model: Path, text: Path, chosen: Recipe) -> Path:
     return out
 
 
-# All blocks together afterwards, on the logits.
-TUNED = recipe(objective={"window": 2, "overlap": 1}, end_to_end={"epochs": 2, "batch": 2})
+# In the metric of the predictions; all blocks together afterwards, on the logits; norms too.
+TUNED = recipe(
+    objective={"window": 2, "overlap": 1, "metric": "fisher"},
+    norms=True,
+    end_to_end={"epochs": 2, "batch": 2},
+)
 # Everything at once: overlapping windows, quantized inputs, both targets, logits.
 WHOLE = recipe(
     activations=A8,

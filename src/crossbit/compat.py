@@ -290,6 +290,26 @@ RULES: tuple[Rule, ...] = (
         "no weight",
         "a first weight above 0 in objective.ahead, or homologous: 0",
     ),
+    Rule(
+        lambda r: r.norms and not r.trains,
+        "norms are trained with the rounding, and nothing in this recipe is trained",
+        "solver {kind: rounding} with norms, or norms: false",
+    ),
+    Rule(
+        lambda r: r.norms and r.let is not None,
+        "norms and let both train the gains of the same norms",
+        "one of them: norms: false, or no let among the transforms",
+    ),
+    Rule(
+        lambda r: r.norms and any(_not_per_token(a) for a in _activations(r)),
+        "norms with activations whose scales are calibrated before the norms are trained",
+        "activations.kind per_token, per_token_clip or cross_folded with norms",
+    ),
+    Rule(
+        lambda r: r.let is not None and r.end_to_end is not None and r.end_to_end.hold,
+        "end_to_end.hold keeps the codes, which the factors of let would change",
+        "end_to_end.hold: false with let",
+    ),
 )
 
 

@@ -35,6 +35,7 @@ def reconstruction_loss(
     norm: Norm = "bounded",
     kl: float = 0.0,
     temperature: float = 1.0,
+    metric: Tensor | None = None,
 ) -> Tensor:
     """Distance of hidden states from their target, averaged over tokens.
 
@@ -52,6 +53,8 @@ def reconstruction_loss(
         kl: weight of KL(softmax(t / temperature) || softmax(o / temperature)) over D, times
             temperature^2, which keeps its gradient of one size when the temperature changes.
         temperature: above 0.
+        metric: float32 [D, D], symmetric and positive, M of the squared error e^T M e of every
+            norm; None is the identity. The size of a target is its length all the same.
 
     Returns:
         float32 scalar; non-finite input gives a non-finite loss. Backward needs no more than
@@ -67,7 +70,7 @@ def reconstruction_loss(
         raise InputError(f"objective kl: {kl} is not a weight; use 0 (none) or a positive number")
     _check(output, target, temperature)
     loss: Tensor = _Reconstruction.apply(  # type: ignore[no-untyped-call]
-        output, target.detach(), norm, kl, temperature
+        output, target.detach(), norm, kl, temperature, metric
     )
     return loss
 
@@ -107,6 +110,7 @@ def homologous(
     norm: Norm = "bounded",
     kl: float = 0.0,
     temperature: float = 1.0,
+    metric: Tensor | None = None,
 ) -> Tensor:
     """E(target) + weight * E(homologous target), E being ``reconstruction_loss``.
 
@@ -115,19 +119,18 @@ def homologous(
         target: same shape, what the original window makes of the original input.
         homologous_target: same shape, what the original window makes of the quantized input.
         weight: 0 or more; 1 is CBQ's sum, at 0 ``homologous_target`` is not looked at.
-        norm, kl, temperature: see ``reconstruction_loss``, as for what is raised.
+        norm, kl, temperature, metric: see ``reconstruction_loss``, as for what is raised.
 
     Returns:
         float32 scalar.
     """
     if not weight >= 0:
         raise InputError(f"homologous weight: {weight} is not a weight; use 0 (none) or more")
-    loss = reconstruction_loss(output, target, norm=norm, kl=kl, temperature=temperature)
+    options: dict[str, Any] = {"norm": norm, "kl": kl, "temperature": temperature, "metric": metric}
+    loss = reconstruction_loss(output, target, **options)
     if weight == 0:
         return loss
-    return loss + weight * reconstruction_loss(
-        output, homologous_target, norm=norm, kl=kl, temperature=temperature
-    )
+    return loss + weight * reconstruction_loss(output, homologous_target, **options)
 
 
 def logit_kl(
@@ -169,7 +172,9 @@ def logit_kl(
 
 
 class _Reconstruction(torch.autograd.Function):
-    """loss = mean over tokens of w ||o - t||^2 + kl T^2 KL(t || o), with a weight w a token.
+    """loss = mean over tokens of w |o - t|^2 + kl T^2 KL(t || o), with a weight w a token.
+
+    |e|^2 = e^T M e with a metric M, else ||e||^2.
 
     The bounded norm has the gradient of such a loss too, its weights those at the output.
 
@@ -179,7 +184,13 @@ class _Reconstruction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, target: Tensor, norm: Norm, kl: float, temperature: float
+        ctx: Any,
+        output: Tensor,
+        target: Tensor,
+        norm: Norm,
+        kl: float,
+        temperature: float,
+        metric: Tensor | None,
     ) -> Tensor:
         o, t = _rows(output), _rows(target)
         error = torch.empty(len(o), dtype=torch.float32, device=o.device)
@@ -187,7 +198,8 @@ class _Reconstruction(torch.autograd.Function):
         divergence = torch.empty_like(error) if kl else None
         for part in _chunks(o):
             o32, t32 = o[part].float(), t[part].float()
-            error[part] = (o32 - t32).square_().sum(-1)
+            e = o32 - t32
+            error[part] = (e.square_() if metric is None else e.mul_(e @ metric)).sum(-1)
             if length is not None:
                 length[part] = t32.square().sum(-1)
             if divergence is not None:
@@ -204,12 +216,12 @@ class _Reconstruction(torch.autograd.Function):
         if divergence is not None:
             loss = loss + kl * temperature**2 * divergence.mean()
         ctx.save_for_backward(output, target, weight)
-        ctx.kl, ctx.temperature = kl, temperature
+        ctx.kl, ctx.temperature, ctx.metric = kl, temperature, metric
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         output, target, weight = ctx.saved_tensors
         o, t = _rows(output), _rows(target)
         result = torch.empty_like(o)
@@ -217,13 +229,15 @@ class _Reconstruction(torch.autograd.Function):
         for part in _chunks(o):
             o32, t32 = o[part].float(), t[part].float()
             step = (o32 - t32).mul_(scale[part].unsqueeze(-1))
+            if ctx.metric is not None:
+                step = step @ ctx.metric
             if ctx.kl:
                 # T^2 from the definition, 1 / T from the softmax's argument.
                 pull = torch.softmax(o32 / ctx.temperature, -1)
                 pull -= torch.softmax(t32 / ctx.temperature, -1)
                 step += pull.mul_(ctx.kl * ctx.temperature / len(o) * grad)
             result[part] = step
-        return result.view(output.shape), None, None, None, None
+        return result.view(output.shape), None, None, None, None, None
 
 
 class _LogitKL(torch.autograd.Function):

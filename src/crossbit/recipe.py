@@ -233,6 +233,7 @@ class Recipe(Strict):
     solver: Solver = Rtn()
     objective: Objective = Objective()
     training: Training = Training()
+    norms: bool = False
     end_to_end: EndToEnd | None = None
     embedding: WeightGrid | None = WeightGrid(bits=8, group="channel")
     head: WeightGrid | None = WeightGrid(bits=8, group="channel")

@@ -26,6 +26,8 @@ class Objective(Strict):
         homologous: weight of the target that the original blocks make of the quantized input,
             beside the target from the original input, whose weight is 1.
         norm: of the squared error, see ``crossbit.objective``.
+        metric: of it: every direction alike, or as the model's predictions depend on it
+            (``crossbit.engine.sensitivity``).
         kl, temperature: of the divergence between hidden states.
         logits: weight of the divergence between logits in windows that end at the last block.
         ahead: weights of the errors after 0, 1, 2, ... more blocks of the original model, which
@@ -39,6 +41,7 @@ class Objective(Strict):
     largest: int | None = Field(None, ge=1)
     homologous: float = Field(0.0, ge=0)
     norm: Literal["sum", "mean", "token", "bounded"] = "bounded"
+    metric: Literal["euclidean", "fisher"] = "euclidean"
     kl: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     logits: float = Field(0.0, ge=0)
@@ -62,6 +65,7 @@ class Training(Strict):
     ``range`` is that of the shares of limits "range"; ``expansion`` that along singular directions,
     for a diagonal; wider masks get less (``solvers.expansion.learning_rate_scale``).
     ``let`` is that of LET's shifts, and of the logarithms of its factors.
+    ``norm`` is that of the gains and biases of norms, as shares of the gains.
     ``clip`` is that of the factors of activations ``per_token_clip``, of which 1 is no clipping.
     ``regulariser`` and ``beta`` belong to mode "sigmoid": its weight, and its exponent at the start
     and at the end of annealing, which begins after a fifth of the steps.
@@ -74,6 +78,7 @@ class Training(Strict):
     range: float = Field(1e-2, ge=0)
     expansion: float = Field(1e-2, ge=0)
     let: float = Field(5e-3, ge=0)
+    norm: float = Field(1e-3, ge=0)
     clip: float = Field(1e-3, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -84,13 +89,19 @@ class Training(Strict):
 
 
 class EndToEnd(Training):
-    """Tuning of all blocks together on the divergence of logits, after the windows."""
+    """Tuning of all blocks together on the divergence of logits, after the windows.
+
+    With ``hold`` every code stays what the windows made it, and the steps, norms and clip factors
+    alone are trained (E2E-QP of EfficientQAT, arXiv 2407.11062).
+    """
 
     epochs: int = Field(1, ge=0)
+    hold: bool = False
     rounding: float = Field(1e-3, gt=0)
     step: float = Field(1e-4, ge=0)
     range: float = Field(1e-3, ge=0)
     expansion: float = Field(1e-3, ge=0)
     let: float = Field(5e-4, ge=0)
+    norm: float = Field(1e-3, ge=0)
     clip: float = Field(1e-4, ge=0)
     temperature: float = Field(1.0, gt=0)

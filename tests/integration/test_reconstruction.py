@@ -374,3 +374,21 @@ def test_objectives_that_nothing_follows_are_mentioned(
 ) -> None:
     result = train(llama, text, tmp_path / "out", recipe({"kind": "rtn"}))
     assert any("objective and training change nothing" in note for note in result["warnings"])
+
+
+W3 = {"bits": 3, "group": 16}
+
+
+def test_what_is_written_are_trained_norms(tmp_path: Path, llama: Path, text: Path) -> None:
+    """With them, norms of the blocks differ from the original's; without, they are the same."""
+    original = load_file(llama / "model.safetensors")
+    for norms in (True, False):
+        out = tmp_path / str(norms)
+        chosen = recipe({"kind": "rounding", "start": {"kind": "rtn"}}, norms=norms, weights=W3)
+        made = train(llama, text, out, chosen)
+        assert made["training"][0]["after"] < made["training"][0]["before"]
+        found = load_file(out / "model.safetensors")
+        names = [n for n in original if "layernorm" in n]
+        assert len(names) > 2
+        changed = [n for n in names if not torch.equal(found[n], original[n])]
+        assert bool(changed) == norms

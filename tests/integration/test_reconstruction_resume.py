@@ -45,6 +45,9 @@ MOMENTS: dict[str, tuple[str, int, When]] = {
     "all windows done": ("window-00002", 1, "after"),
 }
 TUNED_MOMENTS: dict[str, tuple[str, int, When]] = {
+    "sensitivity forwards": ("sensitivity-input-00001", 1, "before"),
+    "sensitivity backwards": ("metric-00001", 1, "after"),
+    "sensitivity measured": ("metric-00000", 1, "after"),
     "open blocks are kept": ("open-00000", 1, "after"),
     "all open": ("window-00002", 1, "after"),
     "inside the tuning": ("training", 12, "after"),

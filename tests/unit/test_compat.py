@@ -180,6 +180,40 @@ CASES: list[Case] = [
             }
         ],
     ),
+    (
+        25,
+        {"norms": True},
+        ("solver {kind: rounding}", "norms: false"),
+        [{"norms": True, "solver": ROUNDING}, {}],
+    ),
+    (
+        26,
+        {"norms": True, "transforms": [{"kind": "let"}], "solver": ROUNDING},
+        ("norms: false", "no let"),
+        [
+            {"transforms": [{"kind": "let"}], "solver": ROUNDING},
+            {"norms": True, "solver": ROUNDING},
+        ],
+    ),
+    (
+        27,
+        {"norms": True, "activations": {"kind": "per_tensor_static"}, "solver": ROUNDING},
+        ("per_token",),
+        [{"norms": True, "activations": A8, "solver": ROUNDING}],
+    ),
+    (
+        28,
+        {
+            "transforms": [{"kind": "let"}],
+            "solver": ROUNDING,
+            "end_to_end": {"hold": True},
+        },
+        ("end_to_end.hold: false",),
+        [
+            {"transforms": [{"kind": "let"}], "solver": ROUNDING, "end_to_end": {}},
+            {"solver": ROUNDING, "end_to_end": {"hold": True}},
+        ],
+    ),
 ]
 OTHERWISE: list[dict[str, Any]] = [
     {"weights": {**FLOAT_SCALES, "group": 64}, "embedding": None, "head": None},

@@ -19,7 +19,8 @@ from crossbit.estimate.memory_blocks import forward, loading
 from crossbit.estimate.memory_training import saved, training_tokens
 from crossbit.estimate.shapes import Description
 from crossbit.estimate.verdict import advice, changed, estimate
-from crossbit.estimate.work import KINDS, flops, operations, seconds
+from crossbit.estimate.work import KINDS, operations, seconds
+from crossbit.estimate.work_passes import flops
 from crossbit.recipe import Recipe
 
 ROTATED = "transforms=[{kind: rotate}]"
@@ -246,12 +247,14 @@ def test_stages_are_those_of_the_run() -> None:
     trained = estimate(description(recipe_of()), held=0, rates=RATES)
     plain = estimate(description(recipe_of(base="rtn-w8a8")), held=0, rates=RATES)
     silent = description(recipe_of("evaluation.windows=0", base="rtn-w8a8"))
-    tuned = estimate(description(recipe_of(*TUNED)), held=0, rates=RATES)
+    sensed = ("objective.metric=fisher", *TUNED)
+    tuned = estimate(description(recipe_of(*sensed)), held=0, rates=RATES)
     untrained = estimate(description(recipe_of(*TUNED, base="rtn-w8a8")), held=0, rates=RATES)
     assert list(tuned.memory) == list(STAGES)
-    assert set(STAGES) - set(trained.memory) == {"end to end"}
-    assert set(STAGES) - set(plain.memory) == {"train", "end to end"}
-    assert set(STAGES) - set(peak_by_stage(silent)) == {"train", "end to end", "evaluate"}
+    assert set(STAGES) - set(trained.memory) == {"sensitivity", "end to end"}
+    trains = {"sensitivity", "train", "end to end"}
+    assert set(STAGES) - set(plain.memory) == trains
+    assert set(STAGES) - set(peak_by_stage(silent)) == {*trains, "evaluate"}
     # Nothing is trained, so there is nothing to tune.
     assert untrained.memory == plain.memory
     assert untrained.disk == plain.disk

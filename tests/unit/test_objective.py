@@ -28,9 +28,17 @@ def pair(*shape: int, seed: int = 0, noise: float = 0.1) -> tuple[Tensor, Tensor
     return target + noise * torch.randn(*shape, generator=generator), target
 
 
-def reference(output: Tensor, target: Tensor, norm: Norm, kl: float, temperature: float) -> Tensor:
+def reference(
+    output: Tensor,
+    target: Tensor,
+    norm: Norm,
+    kl: float,
+    temperature: float,
+    metric: Tensor | None = None,
+) -> Tensor:
     """The definition, traced by autograd in the dtype of its input; no negligible tokens."""
-    error = (output - target).square()
+    error = output - target
+    error = error.square() if metric is None else error * (error @ metric)
     relative = error.sum(-1) / target.square().sum(-1)
     loss = {
         "sum": error.sum(-1).mean(),
@@ -82,6 +90,28 @@ def test_value_and_gradient_of_the_definition(
     close(value, expected[0], 1e-5)
     # Scaling by 3 and back rounds twice more.
     close(gradient, expected[1], 3 * GRADIENT[dtype])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(NORMS), st.sampled_from(DTYPES), st.floats(0, 2), st.integers(0, 99))
+def test_a_metric_weighs_directions(norm: Norm, dtype: torch.dtype, kl: float, seed: int) -> None:
+    output, target = (x.to(dtype) for x in pair(3, 5, 32, seed=seed))
+    half = torch.randn(32, 32, generator=torch.Generator().manual_seed(seed))
+    metric = half @ half.t() / 32
+    value, gradient = value_and_gradient(
+        lambda o: reconstruction_loss(o, target, norm=norm, kl=kl, metric=metric), output
+    )
+    expected = value_and_gradient(
+        lambda o: reference(o, target.double(), norm, kl, 1.0, metric.double()), output.double()
+    )
+    close(value, expected[0], 1e-5)
+    close(gradient, expected[1], 3 * GRADIENT[dtype] + 1e-5)
+    # Both targets of the homologous form are measured with it; the identity changes nothing.
+    both = homologous(output, target, target, weight=1.0, norm=norm, kl=kl, metric=metric)
+    assert both.item() == pytest.approx(2 * value.item(), rel=1e-5)
+    plain = reconstruction_loss(output, target, norm=norm, kl=kl)
+    one = reconstruction_loss(output, target, norm=norm, kl=kl, metric=torch.eye(32))
+    assert one.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_gradient_is_the_slope_of_the_loss() -> None:

@@ -28,9 +28,9 @@ from tests.moving import (
 from torch import Tensor
 
 from crossbit.errors import InputError
-from crossbit.grid import quantize
+from crossbit.grid import grouped, quantize
 from crossbit.solvers.expansion import ExpansionChoice, expand
-from crossbit.solvers.rounding import fake_weight, harden, pull_back, start_rounding
+from crossbit.solvers.rounding import fake_weight, harden, held, pull_back, start_rounding
 from crossbit.solvers.rounding_state import (
     EXPANSION,
     Rounding,
@@ -264,3 +264,27 @@ def test_parameters_are_those_of_the_choice() -> None:
         assert set(state.parameters) == steps[limits] | offsets[parameter] | inner
         assert (state.basis is None) == (expansion is None) == (not state.moves)
         assert {p.dtype for p in state.parameters.values()} == {torch.float32}
+
+
+# -- codes that are held ---------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(states())
+def test_held_codes_stay_while_their_steps_are_trained(state: Rounding) -> None:
+    hard = harden(state)
+    kept = held(state)
+    again = harden(kept)
+    assert torch.equal(again.codes, hard.codes)
+    assert torch.equal(again.scale, hard.scale)
+    assert kept.parameters.keys() == {"step"}
+    kept.parameters["step"].add_(draw(*kept.scale.shape, seed=1) * 0.1)
+    moved = harden(kept)
+    assert torch.equal(moved.codes, hard.codes)
+    # What is the code times the step, and so is its slope.
+    gradient = draw(*state.weight.shape, seed=2)
+    found = pull_back(kept, gradient)
+    weight = fake_weight(kept, torch.float32)
+    wanted = grouped(weight * gradient, state.grid).sum(-1)
+    torch.testing.assert_close(found["step"], wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(weight, moved.dequantize())

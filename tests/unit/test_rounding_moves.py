@@ -55,10 +55,14 @@ def slow_grid(state: Rounding, leaves: dict[str, Tensor]) -> tuple[Tensor, Tenso
     info = torch.finfo(grid.scale_dtype)
     if state.choice.limits == "step":
         stored = state.scale * state.parameters["step"].exp()
+        trained = (leaves["step"] - state.parameters["step"]).exp()
+        if state.rows is not None and grid.strategy != "tensor":
+            stored = stored * state.rows[:, None]  # a row's steps follow its factor
+            trained = trained * (leaves["rows"] / state.rows)[:, None]
         stored = stored.sign() * stored.abs().clamp(min=info.tiny, max=info.max)
         stored = stored.to(grid.scale_dtype).float()
         zero = torch.zeros_like(stored) if state.zero is None else state.zero
-        return stored * (leaves["step"] - state.parameters["step"]).exp(), zero
+        return stored * trained, zero
     view = grouped(moved_weight(state), grid)  # a constant: the range's extremes have no gradient
     low = torch.sigmoid(leaves["low"]) * view.amin(-1).clamp(max=0)
     high = torch.sigmoid(leaves["high"]) * view.amax(-1).clamp(min=0)

@@ -282,6 +282,10 @@ class Equivalent:
             return channels
         return torch.zeros_like(self.log).index_add_(0, self.channel, channels)
 
+    def hold(self) -> None:
+        """Keep the factors within their limit, in place."""
+        self.log.clamp_(-LIMIT, LIMIT)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a state needs beside ``parameters`` and the layers' own biases."""
         kept = {} if self.norm is None else {"gain": self.norm.gain, "bias": self.norm.bias}

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from crossbit.activations.quantize import MIN_CLIP
-from crossbit.engine.equivalent import LIMIT, Equivalent
+from crossbit.engine.equivalent import Equivalent
+from crossbit.engine.norms import TrainedNorm
 from crossbit.engine.trained import (
     TrainedBlock,
     TrainedLinear,
     clips_of,
-    factors_of,
     layers_of,
     materialised,
+    moving_of,
 )
 from crossbit.recipe import Training
 from crossbit.solvers.rounding import limit, pull_back
@@ -146,6 +147,8 @@ class Optimiser:
             "clip": settings.clip,
             "log": settings.let,
             "shift": settings.let,
+            "gain": settings.norm,
+            "bias": settings.norm,
         }
         self._default = settings.rounding
         self.each: dict[str, torch.optim.AdamW] = {}
@@ -159,9 +162,9 @@ class Optimiser:
         if task.settings.clip:
             for name, clip in clips_of(task.blocks, trained=True).items():
                 self._add(name, {"clip": clip}, task.settings)
-        if task.settings.let:
-            for name, factor in factors_of(task.blocks).items():
-                self._add(name, factor.parameters, task.settings)
+        for name, moving in moving_of(task.blocks).items():
+            if any(self._rates[key] for key in moving.parameters):
+                self._add(name, moving.parameters, task.settings)
 
     def _add(self, name: str, parameters: dict[str, Tensor], settings: Training) -> None:
         self.keys[name] = list(parameters)
@@ -193,12 +196,16 @@ class Optimiser:
         clip.grad = None
         clip.clamp_(MIN_CLIP, 1.0)
 
-    def update_factor(
-        self, name: str, equivalent: Equivalent, gradients: dict[str, Tensor], factor: float
+    def update_moving(
+        self,
+        name: str,
+        moving: Equivalent | TrainedNorm,
+        gradients: dict[str, Tensor],
+        factor: float,
     ) -> None:
-        """One step of the logarithms of an input's factors, and of its shifts."""
-        self._move(name, equivalent.parameters, gradients, factor)
-        equivalent.log.clamp_(-LIMIT, LIMIT)
+        """One step of an input's factors and shifts, or of a norm."""
+        self._move(name, moving.parameters, gradients, factor)
+        moving.hold()
 
     def _move(
         self,
@@ -361,8 +368,9 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
     def update(blocks: Sequence[TrainedBlock]) -> None:
         for name, layer in layers_of(blocks):
             update_layer(name, layer)
-        for name, equivalent in factors_of(blocks).items() if settings.let else ():
-            optimiser.update_factor(name, equivalent, equivalent.gradients(found), factor)
+        for name, moving in moving_of(blocks).items():
+            if name in optimiser.each:
+                optimiser.update_moving(name, moving, moving.gradients(found), factor)
         for name, clip in clips_of(blocks, trained=True).items():
             if clip.grad is not None:
                 optimiser.update_clip(name, clip, factor)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from crossbit.engine.job import Job
 from crossbit.engine.let import biases_of, equivalents
+from crossbit.engine.norms import trained_norms
 from crossbit.engine.opening import OpenBlock
-from crossbit.engine.trained import TrainedBlock, clips_of, factors_of, layers_of, with_states
+from crossbit.engine.trained import TrainedBlock, clips_of, layers_of, moving_of, with_states
 from crossbit.grid import QTensor
 from crossbit.rotations.duquant import DuRotation
 from crossbit.runtime.install import QuantizedLayer
@@ -31,8 +32,8 @@ def parameters_of(blocks: Sequence[TrainedBlock]) -> dict[str, Tensor]:
         **clips_of(blocks),
         **{
             f"{name}/{key}": parameter
-            for name, factor in factors_of(blocks).items()
-            for key, parameter in factor.parameters.items()
+            for name, moving in moving_of(blocks).items()
+            for key, parameter in moving.parameters.items()
         },
     }
 
@@ -60,8 +61,8 @@ def pack(blocks: Sequence[TrainedBlock]) -> tuple[dict[str, Tensor], dict[str, A
             "frozen": layer.frozen,
             "begun": layer.begun,
         }
-    for name, factor in factors_of(blocks).items():
-        tensors.update({f"{name}/{key}": t for key, t in factor.tensors().items()})
+    for name, moving in moving_of(blocks).items():
+        tensors.update({f"{name}/{key}": t for key, t in moving.tensors().items()})
     for block in blocks:
         for key, parameter in block.module.named_parameters():
             tensors[f"module/{block.index}/{key}"] = parameter
@@ -83,6 +84,17 @@ def unpack(job: Job, tensors: dict[str, Tensor], record: dict[str, Any]) -> list
         _block(job, int(index), own, tensors, record["layers"])
         for index, own in sorted(record["blocks"].items(), key=lambda item: int(item[0]))
     ]
+
+
+def _begun(tensors: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """What is trained beside layers, by its name below the prefix: its tensors."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for kept in (prefix, f"parameter/{prefix}"):
+        for key, tensor in tensors.items():
+            if key.startswith(kept):
+                name, _, what = key.removeprefix(kept).rpartition("/")
+                found.setdefault(name, {})[what] = tensor
+    return found
 
 
 def _rotation(get: Callable[[str], Tensor | None]) -> DuRotation | None:
@@ -141,14 +153,19 @@ def _block(
         for key, parameter in block.module.named_parameters():
             parameter.copy_(tensors[f"module/{index}/{key}"])
     if job.recipe.let is not None:
-        begun: dict[str, dict[str, Tensor]] = {}
-        for kept in (f"factors/{index}/", f"parameter/factors/{index}/"):
-            for key, tensor in tensors.items():
-                if key.startswith(kept):
-                    name, _, what = key.removeprefix(kept).rpartition("/")
-                    begun.setdefault(name, {})[what] = tensor
         biases = {n: b for n in layers if (b := tensors.get(f"layer/{index}/{n}/bias")) is not None}
         block.equivalents = equivalents(
-            block.module, plan, block.layers, job.recipe.let, known=begun, biases=biases
+            block.module,
+            plan,
+            block.layers,
+            job.recipe.let,
+            known=_begun(tensors, f"factors/{index}/"),
+            biases=biases,
+        )
+    if job.recipe.norms:
+        block.norms = trained_norms(
+            block.module,
+            job.shell.structure.family.gain_offset,
+            known=_begun(tensors, f"norms/{index}/"),
         )
     return block

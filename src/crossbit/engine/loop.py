@@ -22,6 +22,7 @@ from crossbit.engine.live import pack, unpack
 from crossbit.engine.opening import open_block
 from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.refine import open_name, refine
+from crossbit.engine.sensitivity import measure_sensitivity, metric_name
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of, make_trainable
 from crossbit.engine.window import (
@@ -105,6 +106,8 @@ def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
     if streams is None:
         # The teacher is the original model, its embedding included.
         teacher = _embedded(job, work, teacher_name(0))
+        if job.recipe.objective.metric == "fisher":
+            measure_sensitivity(job, work, reporter)
         streams = Streams(_entering(job, work, 0), teacher)
     job.shell.free_outside()
     release_memory()
@@ -198,6 +201,7 @@ def _open_window(
                 job.dtype,
                 job.recipe.calibration.seed,
                 let=job.recipe.let,
+                norms=job.shell.structure.family.gain_offset if job.recipe.norms else None,
             )
             job.online.quantize(job.plan.blocks[index].structure, index, block.module)
             live[index] = block
@@ -222,6 +226,8 @@ def _save_window(job: Job, work: WorkDir, window: Window, live: dict[int, Traine
     if job.recipe.end_to_end is not None:
         keep.add(stream_name(0))
     forget_training(work)
+    for index in range(start):
+        work.drop(metric_name(index))
     for prefix in ("window-", "teacher-", "stream-"):
         for name in work.names(prefix):
             if name not in keep:

@@ -31,7 +31,7 @@ from crossbit.engine.window import (
 )
 from crossbit.engine.workdir import TARGET, WorkDir, teacher_name
 from crossbit.errors import WorkError
-from crossbit.solvers.rounding import reenter
+from crossbit.solvers.rounding import held, reenter
 from crossbit.windows import Window
 
 REFINED = "refined"
@@ -63,7 +63,10 @@ def refine(job: Job, work: WorkDir, windows: int, entering: Stream, reporter: Re
         for index in range(total):
             blocks += unpack(job, *work.load_state(open_name(index)))
         for _, layer in layers_of(blocks):
-            reenter(layer.state)
+            if job.recipe.end_to_end.hold and not layer.frozen:
+                layer.state = held(layer.state)
+            else:
+                reenter(layer.state)
     else:
         tensors, record = known
         blocks = unpack(job, tensors, record)

@@ -19,6 +19,7 @@ from crossbit.activations.quantize import (
 )
 from crossbit.engine.equivalent import Equivalent
 from crossbit.engine.let import equivalents
+from crossbit.engine.norms import TrainedNorm, trained_norms
 from crossbit.engine.opening import OpenBlock
 from crossbit.engine.plan import BlockPlan, choice_of
 from crossbit.grid import QTensor
@@ -130,6 +131,7 @@ class TrainedBlock:
         kwargs: keyword arguments of its forward.
         record: what the report says of it.
         equivalents: factors and shifts that are trained.
+        norms: gains and biases that are trained.
     """
 
     index: int
@@ -138,6 +140,12 @@ class TrainedBlock:
     kwargs: dict[str, Any]
     record: dict[str, Any]
     equivalents: list[Equivalent] = field(default_factory=list)
+    norms: list[TrainedNorm] = field(default_factory=list)
+
+    @property
+    def moving(self) -> list[Equivalent | TrainedNorm]:
+        """What is trained beside the layers' own parameters."""
+        return [*self.equivalents, *self.norms]
 
     def run(self, hidden: Tensor) -> Tensor:
         """Hidden state [B, L, D] through the block; gradients flow if enabled."""
@@ -147,8 +155,8 @@ class TrainedBlock:
 
     def hardened(self) -> OpenBlock:
         """The block as it will be written; the module goes with it."""
-        for equivalent in self.equivalents:
-            equivalent.apply()
+        for moving in self.moving:
+            moving.apply()
         layers = {name: layer.hardened() for name, layer in self.layers.items()}
         return OpenBlock(self.module, layers, record=self.record)
 
@@ -162,6 +170,7 @@ def make_trainable(
     seed: int,
     *,
     let: Let | None = None,
+    norms: int | None = None,
 ) -> TrainedBlock:
     """Put ``TrainedLinear`` layers into an opened block, in place; its rest is cast to ``dtype``.
 
@@ -173,6 +182,7 @@ def make_trainable(
         dtype: of computation.
         seed: of what starts at random.
         let: train factors and shifts of its inputs.
+        norms: train its norms, which add so much to their weights.
     """
     states = {}
     for number, (name, layer) in enumerate(opened.layers.items()):
@@ -185,6 +195,8 @@ def make_trainable(
     block = with_states(index, opened, plan, kwargs, dtype, states)
     if let is not None:
         block.equivalents = equivalents(block.module, plan, block.layers, let)
+    if norms is not None:
+        block.norms = trained_norms(block.module, norms)
     return block
 
 
@@ -273,9 +285,13 @@ def clips_of(blocks: Iterable[TrainedBlock], *, trained: bool = False) -> dict[s
     return found
 
 
-def factors_of(blocks: Iterable[TrainedBlock]) -> dict[str, Equivalent]:
-    """The trained factors and shifts, by a name that is unique over the blocks."""
-    return {f"factors/{b.index}/{e.name}": e for b in blocks for e in b.equivalents}
+def moving_of(blocks: Iterable[TrainedBlock]) -> dict[str, Equivalent | TrainedNorm]:
+    """Trained factors, shifts and norms, by a name that is unique over the blocks."""
+    found: dict[str, Equivalent | TrainedNorm] = {}
+    for block in blocks:
+        found |= {f"factors/{block.index}/{e.name}": e for e in block.equivalents}
+        found |= {f"norms/{block.index}/{n.name}": n for n in block.norms}
+    return found
 
 
 @contextmanager
@@ -294,11 +310,11 @@ def materialised(
     With ``first``, undecided layers have the weights that they would have without training.
     """
     blocks = list(blocks)
-    factors = [e for block in blocks for e in block.equivalents]
+    moving = [m for block in blocks for m in block.moving]
     try:
-        for equivalent in factors:
-            equivalent.apply()
-            equivalent.leaves(grad)
+        for each in moving:
+            each.apply()
+            each.leaves(grad)
         for _, layer in layers_of(blocks):
             if first and layer.undecided:
                 weight = layer.first.dequantize().to(dtype)
@@ -313,8 +329,8 @@ def materialised(
             clip.requires_grad_()
         yield
     finally:
-        for equivalent in factors:
-            equivalent.leaves(False)
+        for each in moving:
+            each.leaves(False)
         for _, layer in layers_of(blocks):
             layer.weight = None
             forget_moved(layer.state)

@@ -16,6 +16,7 @@ from crossbit.engine.job import Job, batch_of
 from crossbit.engine.live import pack, parameters_of
 from crossbit.engine.logits import hidden_logit_kl
 from crossbit.engine.progress import Reporter, release_memory
+from crossbit.engine.sensitivity import load_metric
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of, materialised
 from crossbit.engine.workdir import WorkDir
@@ -96,7 +97,7 @@ def train_window(
         blocks,
         streams.entering,
         targets,
-        loss=_loss(job, logits, terms),
+        loss=_loss(job, logits, terms, _metrics(job, work, window, len(terms))),
         settings=job.recipe.training,
         steps={name: trains_steps(job, name) for name, _ in layers_of(blocks)},
         ahead=[_frozen(job, window.stop + n, length) for n in range(len(terms) - 1)],
@@ -213,7 +214,15 @@ def _frozen(job: Job, index: int, length: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _loss(job: Job, logits: bool, terms: Sequence[float]) -> Loss:
+def _metrics(job: Job, work: WorkDir, window: Window, count: int) -> list[Tensor | None]:
+    """The metrics of what leaves the window, and the ``count`` - 1 blocks after it."""
+    if job.recipe.objective.metric == "euclidean":
+        return [None] * count
+    device = job.shell.device
+    return [load_metric(work, window.stop - 1 + n).to(device) for n in range(count)]
+
+
+def _loss(job: Job, logits: bool, terms: Sequence[float], metrics: Sequence[Tensor | None]) -> Loss:
     """See ``Objective``; ``terms`` weigh the outputs, whose targets come in their order."""
     objective = job.recipe.objective
     options: dict[str, Any] = {
@@ -228,10 +237,15 @@ def _loss(job: Job, logits: bool, terms: Sequence[float]) -> Loss:
             if not weight:
                 continue
             if depth:
-                found = reconstruction_loss(output, targets[depth], **options)
+                found = reconstruction_loss(
+                    output, targets[depth], metric=metrics[depth], **options
+                )
             else:  # the last target is the homologous one, if that has a weight
                 share = objective.homologous
-                found = homologous(output, targets[0], targets[-1], weight=share, **options)
+                last = targets[-1]
+                found = homologous(
+                    output, targets[0], last, weight=share, metric=metrics[0], **options
+                )
             parts.append(found if weight == 1 else weight * found)
         if logits:
             found = hidden_logit_kl(job.shell, outputs[0], targets[0], objective.temperature)

@@ -53,6 +53,12 @@ def disk(description: Description, *, saves: bool = True) -> Disk:
     left = 0.0
     if d.samples:
         left = held + (stream * 2)  # what left the last block, the teacher's or what entered it
+    if d.sensing:
+        # What enters every block and leaves the last one, gradients before and after one; the
+        # metrics stay, beside all that follows.
+        metrics = FLOAT * d.width**2 * len(d.blocks)
+        inputs = (len(d.blocks) + 3) * stream_bytes(d, d.sensing)
+        peak = max(peak + metrics, stream + inputs + metrics)
     if d.end_to_end is not None:
         peak = max(peak, _refine(d, parts))
         # What entered the first block; the blocks as they were before and after.

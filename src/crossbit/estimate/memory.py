@@ -21,7 +21,7 @@ from crossbit.estimate.memory_blocks import (
     opening,
     solving,
 )
-from crossbit.estimate.memory_training import closing, live_beside, training, tuning
+from crossbit.estimate.memory_training import closing, live_beside, sensing, training, tuning
 from crossbit.estimate.shapes import BlockShape, Description, OutsideShape, head_solver
 from crossbit.evaluation import perplexity
 from crossbit.export.artifact import ROWS as END_ROWS
@@ -37,7 +37,7 @@ VERIFY_LIBRARIES = 100 * MIB
 SLACK = 24 * MIB
 
 STAGES = (
-    *("prepare", "open", "solve", "train", "close", "end to end", "head"),
+    *("prepare", "open", "solve", "sensitivity", "train", "close", "end to end", "head"),
     *("assemble", "evaluate", "verify"),
 )
 
@@ -61,6 +61,8 @@ def peak_by_stage(description: Description, *, tokenise: float = 0.0) -> dict[st
         "assemble": FINISH_LIBRARIES,
         "verify": FINISH_LIBRARIES + VERIFY_LIBRARIES + _verify(d),
     }
+    if d.sensing:
+        found["sensitivity"] = sensing(d)
     if d.recipe.trains:
         found["train"] = training(d)
     if d.end_to_end is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from crossbit.engine.fit import Task
 from crossbit.engine.logits import TOKENS
+from crossbit.engine.sensitivity import TOKENS as SENSED
 from crossbit.estimate.disk import trained
 from crossbit.estimate.memory_blocks import (
     DEQUANTIZE,
@@ -130,6 +131,20 @@ def _logits(d: Description, *, gradient: bool) -> float:
     return float(d.itemsize * (3 if gradient else 2) * elements + DIVERGENCE * FLOAT * chunk)
 
 
+def sensing(d: Description) -> float:
+    """The original model forwards and backwards, and its head between (``engine.sensitivity``)."""
+    tokens, outside = batch_tokens(d), d.itemsize * d.outside_weights
+    metric = 3 * FLOAT * d.width**2  # the sum, a batch's part of it, scaled
+    rows = tokens * d.width * (4 * d.itemsize + 2 * FLOAT)
+    block = 0.0
+    for b in dict.fromkeys(d.blocks):
+        ran = tokens * saved(d, b, frozen=True) + forward(d, b, tokens, d.length, d.itemsize)
+        block = max(block, loading(b, d.itemsize), d.itemsize * b.parameters + ran + rows + metric)
+    # Logits, their float32, the likelihoods, what is drawn from, two gradients.
+    logits = SENSED * d.vocabulary * (2 * d.itemsize + 4 * FLOAT)
+    return outside + max(block, logits + 2 * d.itemsize * d.length * d.width)
+
+
 def training(d: Description) -> float:
     """The worst window of blocks in training."""
     tokens, worst = training_tokens(d, d.recipe.training), 0.0
@@ -150,6 +165,8 @@ def training(d: Description) -> float:
             # The gradient of what leaves the last block is kept, and scaled.
             logits = d.itemsize * (d.outside_weights + 2 * tokens * d.width)
             logits += _logits(d, gradient=True)
+        if d.sensing:
+            held += FLOAT * d.width**2 * (len(ahead) + 1)
         step = weights + _moved(layers) + moments + max(graph + widest + logits, pulled)
         # Before: the blocks that make targets, one by one, then those that are held.
         originals = [*ahead, *(blocks if d.recipe.objective.homologous else ())]

@@ -23,7 +23,8 @@ from crossbit.engine.progress import release_memory
 from crossbit.engine.statistics import InputStatistics
 from crossbit.errors import InputError
 from crossbit.estimate.shapes import Description
-from crossbit.estimate.work import KINDS, attention, flops, gptq_flops
+from crossbit.estimate.work import KINDS, gptq_flops
+from crossbit.estimate.work_passes import attention, flops
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.grid import Grid, QTensor
 from crossbit.models.checkpoint import count_nonfinite

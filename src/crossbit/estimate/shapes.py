@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from crossbit.engine.plan import choice_of
+from crossbit.engine.sensitivity import SEQUENCES
 from crossbit.objective import terms_ahead
 from crossbit.recipe import (
     Activations,
@@ -266,6 +267,13 @@ class Description:
     def length(self) -> int:
         """Tokens of each."""
         return self.recipe.calibration.length
+
+    @property
+    def sensing(self) -> int:
+        """Sequences that the metric is measured with, 0 where there is none."""
+        if not self.recipe.trains or self.recipe.objective.metric == "euclidean":
+            return 0
+        return min(SEQUENCES, self.samples - self.held)
 
     @property
     def held(self) -> int:

@@ -35,7 +35,7 @@ from collections.abc import Mapping
 
 from crossbit.engine.scale import SAMPLE_ROWS
 from crossbit.engine.turn import SAMPLE_ROWS as TURN_ROWS
-from crossbit.estimate.disk import outside, packed, part, stream_bytes, trained
+from crossbit.estimate.disk import outside, part, stream_bytes
 from crossbit.estimate.shapes import (
     BlockShape,
     Description,
@@ -46,8 +46,22 @@ from crossbit.estimate.shapes import (
     wants_ranges,
     wants_sample,
 )
+from crossbit.estimate.work_passes import (
+    attention,
+    flops,
+    kind_of,
+    read_block,
+    read_ends,
+    run_through,
+)
+from crossbit.estimate.work_training import (
+    count_closing,
+    count_sensitivity,
+    count_training,
+    count_tuning,
+)
 from crossbit.export.artifact import ROWS as END_ROWS
-from crossbit.recipe import AwqScale, CrossFold, DuQuant, EndToEnd, Fold, Gptq, Prefix, Rtn, Smooth
+from crossbit.recipe import AwqScale, CrossFold, DuQuant, Fold, Gptq, Prefix, Rtn, Smooth
 from crossbit.rotations.duquant import SEARCH_ROWS, block_size_for
 from crossbit.solvers.gptq import ROWS as GPTQ_ROWS
 from crossbit.transforms import column_fit, cross_fold, smooth
@@ -97,11 +111,13 @@ def operations(description: Description, *, characters: tuple[int, int] = (0, 0)
     for block in d.blocks:
         _open(d, block, counts["open"])
         _solve(d, block, counts["solve"])
-        _close(d, block, counts["close"])
+        count_closing(d, block, counts["close"])
+    if d.sensing:
+        count_sensitivity(d, counts["sensitivity"])
     if d.recipe.trains:
-        _train(d, counts)
+        count_training(d, counts)
     if d.end_to_end is not None:
-        _refine(d, d.end_to_end, counts["end to end"])
+        count_tuning(d, d.end_to_end, counts["end to end"])
     _head(d, counts["head"])
     exported = outside(d) + sum(part(d, block) for block in d.blocks)
     counts["assemble"]["seconds"] += FINISH_SECONDS
@@ -126,67 +142,15 @@ def seconds(work: Work, rates: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def flops(block: BlockShape) -> float:
-    """Of a token through the products of a block."""
-    return 2.0 * block.active
-
-
-def attention(d: Description, length: int) -> float:
-    """Flops of a token's causal attention in a sequence of ``length``."""
-    return 2.0 * length * d.heads * d.head_width
-
-
-def _pass(
-    work: defaultdict[str, float],
-    kind: str,
-    d: Description,
-    block: BlockShape,
-    sequences: int,
-    length: int,
-) -> None:
-    """Sequences through a block."""
-    tokens = float(sequences) * length
-    work[kind] += tokens * flops(block)
-    attending = "attended" if kind == "trained" else "attention"
-    work[attending] += tokens * attention(d, length)
-
-
-def _read(work: defaultdict[str, float], block: BlockShape, times: int = 1) -> None:
-    """A block from the checkpoint."""
-    work["load"] += times * block.parameters
-    if block.turned:
-        work["rotate"] += times * block.turned
-
-
-def _read_ends(work: defaultdict[str, float], d: Description, times: int = 1) -> None:
-    """Embedding, head and norms from the checkpoint."""
-    work["load"] += times * d.outside_weights
-    if d.turned:
-        work["rotate"] += times * sum(end.weights for end in d.turned)
-
-
-def _through(
-    work: defaultdict[str, float], d: Description, block: BlockShape, sequences: int
-) -> None:
-    """Sequences through a frozen block, and gradients back through it to its input."""
-    tokens = float(sequences) * d.length
-    work["forward"] += 2 * tokens * flops(block)
-    work["attended"] += tokens * attention(d, d.length)
-
-
-def _kind(block: BlockShape) -> str:
-    return "quantized" if any(layer.input_bits for layer in block.layers) else "forward"
-
-
 def _open(d: Description, block: BlockShape, work: defaultdict[str, float]) -> None:
-    _read(work, block)
+    read_block(work, block)
     if not d.samples:
         return
     work["release"] += 2
     tokens = d.samples * d.length
     fitting = (d.samples - d.held) * d.length
     work["load"] += 2 * block.parameters  # the copy that runs
-    _pass(work, "forward", d, block, d.samples, d.length)
+    run_through(work, "forward", d, block, d.samples, d.length)
     work["read"] += stream_bytes(d, d.samples)
     for group in block.groups:
         if wants_ranges(d.recipe):
@@ -203,10 +167,10 @@ def _open(d: Description, block: BlockShape, work: defaultdict[str, float]) -> N
 def _prefix(d: Description, prefix: Prefix, work: defaultdict[str, float]) -> None:
     """Its search on the original model, then its keys and values; a few tokens are no work."""
     for block in d.blocks:
-        _read(work, block)
+        read_block(work, block)
         if prefix.tokens is None:
             work["load"] += block.parameters
-            _pass(work, "forward", d, block, min(d.samples, prefix.sequences), d.length)
+            run_through(work, "forward", d, block, min(d.samples, prefix.sequences), d.length)
     if prefix.tokens is None:
         work["load"] += d.outside_weights
 
@@ -321,115 +285,8 @@ def gptq_flops(rows: int, columns: int, groups: int, solver: Gptq) -> tuple[floa
     return thin, large
 
 
-def _close(d: Description, block: BlockShape, work: defaultdict[str, float]) -> None:
-    weights = sum(layer.weights for layer in block.planned)
-    work["pack"] += weights
-    work["release"] += 1
-    work["write"] += part(d, block)
-    if d.samples:
-        work["unpack"] += weights
-        _pass(work, _kind(block), d, block, d.samples, d.length)
-        work["read"] += stream_bytes(d, d.samples)
-        work["write"] += stream_bytes(d, d.samples) + stream_bytes(d, d.held)
-
-
-def _train(d: Description, counts: Mapping[str, defaultdict[str, float]]) -> None:
-    training, opened = d.recipe.training, 0
-    opening, closing, work = counts["open"], counts["close"], counts["train"]
-    fitting, stream = d.samples - d.held, stream_bytes(d, d.samples)
-    steps = training.epochs * -(-fitting // training.batch)
-    for window in d.schedule:
-        blocks = [d.blocks[i] for i in window.blocks]
-        for index, block in zip(window.blocks, blocks, strict=True):
-            if index >= opened:  # the teacher's activations
-                _read(opening, block)
-                _pass(opening, "forward", d, block, d.samples, d.length)
-                opening["write"] += stream
-                for layer in block.planned:
-                    if layer.directions:
-                        shorter = min(layer.rows, layer.columns)
-                        opening["decompose"] += float(layer.weights) * shorter
-            if index < window.stop - 1 and window.stop > opened:  # what the next block begins with
-                _pass(opening, "forward", d, block, d.samples, d.length)
-                opening["soften"] += sum(layer.weights for layer in block.planned)
-                opening["write"] += stream
-            if d.recipe.objective.homologous:
-                _pass(work, "forward", d, block, d.samples, d.length)
-                _read(work, block)
-                work["write"] += stream
-            _pass(work, _kind(block), d, block, (training.epochs + 1) * d.held, d.length)
-            _pass(work, "trained", d, block, training.epochs * fitting, d.length)
-            for layer in block.planned:
-                made = steps + training.epochs + 1
-                work["soften"] += made * layer.weights
-                work["float32"] += (made + steps) * _along(layer)
-                if layer.rounding is not None:
-                    work["pull"] += steps * layer.weights
-                    work["adam"] += steps * (layer.parameters + layer.limits)
-                    work["write"] += (training.epochs + 1) * 4 * layer.parameters
-        for block in d.ahead(window):
-            _read(work, block, 2)  # the target's; the one that is held
-            _pass(work, "forward", d, block, d.samples, d.length)
-            work["write"] += stream
-            _pass(work, "forward", d, block, (training.epochs + 1) * d.held, d.length)
-            _through(work, d, block, training.epochs * fitting)
-        if d.recipe.objective.logits and window.stop == len(d.blocks):
-            _read_ends(work, d)
-            _divergence(d, work, training.epochs * fitting, training.epochs + 1)
-        for index in window.hardened:
-            _read(closing, d.blocks[index])
-            _pass(closing, "forward", d, d.blocks[index], d.held, d.length)
-        staying = range(window.hardened.stop, window.stop)
-        work["write"] += sum(packed(d, d.blocks[i]) for i in staying)
-        opened = window.stop
-
-
-def _along(layer: LayerShape) -> float:
-    """Flops of a weight's move along its singular directions; as many for its gradient."""
-    return 2.0 * layer.directions * layer.columns * (layer.rows + layer.inner_width)
-
-
-def _refine(d: Description, settings: EndToEnd, work: defaultdict[str, float]) -> None:
-    """Keep the blocks open, train them together, close them again."""
-    fitting, evaluations = d.samples - d.held, settings.epochs + 1
-    steps = settings.epochs * -(-fitting // settings.batch)
-    seen = settings.epochs * fitting
-    opened, best = sum(packed(d, b) for b in d.blocks), sum(map(trained, d.blocks))
-    _read_ends(work, d)
-    for block in d.blocks:
-        _read(work, block, 2)  # what it is put into; the target's
-        _pass(work, _kind(block), d, block, seen + evaluations * d.held, d.length)
-        _pass(work, "trained", d, block, seen, d.length)  # runs again, and backward
-        for layer in block.planned:
-            # Made twice a step, and once more to be closed.
-            made = 2 * steps + evaluations + 1
-            work["soften"] += made * layer.weights
-            work["float32"] += (made + steps) * _along(layer)
-            if layer.rounding is not None:
-                work["pull"] += steps * layer.weights
-                work["adam"] += steps * (layer.parameters + layer.limits)
-        _pass(work, "forward", d, block, d.held, d.length)
-        _close(d, block, work)
-    _divergence(d, work, seen, evaluations)
-    # The open blocks; the best parameters, and a state in training after each epoch; the result.
-    work["write"] += 2 * opened + evaluations * best + settings.epochs * (opened + 2 * best)
-    work["read"] += opened + best
-
-
-def _divergence(
-    d: Description, work: defaultdict[str, float], sequences: int, evaluations: int
-) -> None:
-    """Logits of two models: of sequences that are trained on, and of those that judge."""
-    judged = evaluations * d.held
-    tokens = float(sequences + judged) * d.length
-    work["divergence"] += tokens * d.vocabulary
-    # Two products with the head; a third one brings the gradient back through it.
-    products = (3 * sequences + 2 * judged) * d.length
-    work["forward"] += 2.0 * products * d.vocabulary * d.width
-
-
 def _head(d: Description, work: defaultdict[str, float]) -> None:
-    _read_ends(work, d, 2)
+    read_ends(work, d, 2)
     if d.samples:
         work["write"] += stream_bytes(d, d.samples) * (2 if d.recipe.trains else 1)
         if d.embedding.stored is not None:
@@ -461,8 +318,8 @@ def _evaluate(d: Description, work: defaultdict[str, float], characters: int) ->
     work["characters"] += characters
     work["load"] += d.parameters
     for block in d.blocks:
-        _pass(work, "forward", d, block, d.windows, d.window_length)
-        _pass(work, _kind(block), d, block, d.windows, d.window_length)
+        run_through(work, "forward", d, block, d.windows, d.window_length)
+        run_through(work, kind_of(block), d, block, d.windows, d.window_length)
         work["release"] += 2
         work["unpack"] += 2 * sum(layer.weights for layer in block.planned)
     work["unpack"] += sum(e.weights for e in (d.embedding, d.head) if e and e.stored is not None)

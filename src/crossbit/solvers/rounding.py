@@ -13,7 +13,8 @@ where the offset o, in steps, is what is trained. Three choices make the methods
   of A1 [N, r] and A2 [r, K] (LoRA-Rounding);
 * mode: ``straight_through`` rounds in the forward pass and lets gradients through as if it had not;
   ``sigmoid`` replaces round(u) by floor(W / s) + h, h = clip(1.2 sigmoid(V) - 0.1, 0, 1), the
-  rectified sigmoid, which a regulariser drives to 0 or 1.
+  rectified sigmoid, which a regulariser drives to 0 or 1. ``held`` keeps the codes as they are:
+  nothing but the steps is trained.
 
 The steps can be trained with it, as a factor exp(rho) on each (limits ``step``), or as shares
 sigmoid(g) of the range of each group (limits ``range``: LWC of OmniQuant, arXiv 2308.13137). They
@@ -127,6 +128,13 @@ def fake_weight(state: Rounding, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def held(state: Rounding) -> Rounding:
+    """The rounding that keeps the codes that ``state`` has arrived at, and trains their steps."""
+    choice = RoundingChoice(parameter="none", mode="held")
+    hard = harden(state)
+    return start_rounding(hard.dequantize(), hard, choice)
+
+
 def harden(state: Rounding) -> QTensor:
     """The integers that the rounding has arrived at."""
     grid = state.grid
@@ -134,7 +142,7 @@ def harden(state: Rounding) -> QTensor:
     codes = torch.empty(state.weight.shape, dtype=torch.int8)
     view = grouped(codes, grid)
     for part in _parts(state):
-        if state.choice.mode == "straight_through":
+        if state.choice.mode != "sigmoid":
             hard = _codes(state, part)[0]
         else:
             h = _soft(_variable(state, part))
@@ -170,7 +178,7 @@ def pull_back(
     sigmoid = state.choice.mode == "sigmoid"
     for part in _parts(state):
         g = incoming[part.rows].float()
-        ratio = part.ratio.clone() if not sigmoid else None
+        ratio = part.ratio.clone() if state.choice.mode == "straight_through" else None
         codes, inside, variable = _codes(state, part)
         # d What / d s = codes - inside * W / s; with the base integers frozen, the codes alone.
         slope = codes if ratio is None else codes.addcmul_(ratio, inside, value=-1.0)
@@ -283,10 +291,10 @@ def _soft(variable: Tensor) -> Tensor:
 def _codes(state: Rounding, part: _Part) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes without zero points, where they did not saturate (0 or 1), V in mode "sigmoid"."""
     variable = None
+    if state.choice.parameter == "none":
+        codes, inside = _saturated(part.ratio.round_(), part)
+        return codes, inside, None
     if state.choice.mode == "straight_through":
-        if state.choice.parameter == "none":
-            codes, inside = _saturated(part.ratio.round_(), part)
-            return codes, inside, None
         offset = _trained(state, part)
         if state.choice.parameter == "low_rank":
             offset = offset.clamp(-state.choice.reach, state.choice.reach)

@@ -25,7 +25,7 @@ from crossbit.solvers.expansion import (
 
 Base = Literal["frac", "zero"]
 Parameter = Literal["full", "low_rank", "none"]
-Mode = Literal["straight_through", "sigmoid"]
+Mode = Literal["straight_through", "sigmoid", "held"]
 Limits = Literal["step", "range"]
 
 EXPANSION = ("expansion", "square")  # names of B's parameters
@@ -58,6 +58,8 @@ class RoundingChoice:
         if not self.reach > 0:
             raise InputError(f"reach: {self.reach} is not positive; 0.5 reaches the next code")
         plain = self.mode == "straight_through" and self.base == "frac"
+        if self.mode == "held":
+            return
         moves = self.limits == "range" or self.expansion is not None or self.parameter == "none"
         if moves and not plain:
             # Their integers are those of a weight that stays.
@@ -177,9 +179,19 @@ def effective_scale(state: Rounding) -> Tensor:
         return effective_grid(state)[0]
     dtype = state.grid.scale_dtype
     trained = state.scale * state.parameters["step"].exp()
+    if state.rows is not None and _follows(state):
+        trained = trained * state.rows.unsqueeze(1)
     info = torch.finfo(dtype)
     size = trained.abs().clamp(min=info.tiny, max=info.max)
     return torch.copysign(size, trained).to(dtype).float()
+
+
+def _follows(state: Rounding) -> bool:
+    """Whether the steps change with the factors of rows, as those of limits "range" do anyway.
+
+    Then a row rounds alike whatever its factor; a step of several rows belongs to none of them.
+    """
+    return state.choice.limits == "step" and state.scale.shape[0] == state.weight.shape[0]
 
 
 def pull_back_limits(state: Rounding, slopes: Tensor, found: dict[str, Tensor]) -> None:
@@ -190,6 +202,8 @@ def pull_back_limits(state: Rounding, slopes: Tensor, found: dict[str, Tensor]) 
     """
     if state.choice.limits == "step":
         found["step"] = slopes * effective_scale(state)
+        if state.rows is not None and _follows(state):
+            found["rows"] = found["step"].sum(1) / state.rows
         return
     view = grouped(moved_weight(state), state.grid)
     low, high = view.amin(-1).clamp_(max=0.0), view.amax(-1).clamp_(min=0.0)
@@ -221,7 +235,7 @@ def pull_back_move(state: Rounding, at_weight: Tensor, found: dict[str, Tensor])
             pulled = at_weight * weight
             if state.columns is not None:
                 pulled.mul_(state.columns)
-            found["rows"] = pulled.sum(1)
+            found["rows"] = found.get("rows", 0) + pulled.sum(1)
             at_weight.mul_(rows)
         if state.columns is not None:
             at_weight.mul_(state.columns)
