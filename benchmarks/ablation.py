@@ -37,6 +37,8 @@ ROWS: Rows = {
     "expanding ends": ("cbq-w4a16", ("objective.expand=ends",)),
     "mean norm": ("cbq-w4a16", ("objective.norm=mean",)),
     "token norm": ("cbq-w4a16", ("objective.norm=token",)),
+    "metric of the predictions": ("cbq-w4a16", ("objective.metric=fisher",)),
+    "norms": ("cbq-w4a16", ("norms=true",)),
     "end to end": ("cbq-w4a16", ("end_to_end.epochs=1",)),
 }
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from crossbit.output import companions
 
 INTERVAL = 0.05
 CALIBRATION = ("--samples", "16", "--length", "512")
-TRAINED = "weights: {bits: 4, group: 64}\nsolver: {kind: rounding}\n"
-TRAINED_YAML = "trained-w4a16-g64.yaml"
-RECIPES = ("rtn-w4a16-g64", "gptq-w4a16-g64", "crossquant-w8a8", TRAINED_YAML)
+RECIPES = (
+    *("rtn-w4a16-g64", "gptq-w4a16-g64", "crossquant-w8a8"),
+    *("cbq-w4a16", "omniquant-w4a4+sde+cl", "best-w4a4"),
+)
 TINYLLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -56,7 +58,7 @@ TINYLLAMA: dict[str, Any] = {
 PREDICTED = {
     "prepare": ("prepare",),
     "blocks": ("open", "solve", "close"),
-    "train": ("train",),
+    "train": ("sensitivity", "train"),
     "head": ("head",),
     "assemble": ("assemble",),
     "evaluate": ("evaluate",),
@@ -121,7 +123,7 @@ def stage_of(work: Path, blocks: int) -> str:
         return "assemble"
     if not (work / "manifest.json").exists():
         return "prepare"
-    if (work / "best.safetensors").exists():
+    if any(work.glob("best-*.safetensors")) or any(work.glob("sensitivity-*.safetensors")):
         return "train"
     if (work / f"block-{blocks - 1:05d}.safetensors").exists():
         return "head"
@@ -210,7 +212,7 @@ def measure(
     measured = by_stage({**run, "samples": samples}, result["time"]["stages"])
     return {
         "model": Path(model).name,
-        "recipe": recipe if recipe in RECIPES[:-1] else TRAINED_YAML,
+        "recipe": recipe,
         "settings": settings,
         "predicted": {k: plan[k] for k in ("stages", "memory", "disk", "seconds")},
         "operations": plan["operations"],
@@ -268,8 +270,6 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure anew what is stored")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    trained = args.work / TRAINED_YAML
-    trained.write_text(TRAINED, "utf8")
     models: dict[str, tuple[str, int]] = {}
     for label in args.only.split(","):
         if label == "demo":
@@ -286,14 +286,14 @@ def main() -> None:
             settings = ["--set", "training.epochs=1"] if label == "1b" else []
             cut = f"-{blocks}-blocks" if blocks < TINYLLAMA["num_hidden_layers"] else ""
             cut = cut if label == "1b" else ""
-            name = f"plan-{label}{cut}-{Path(recipe).stem}"
+            name = f"plan-{label}{cut}-{recipe}"
             if args.again:
                 (RESULTS / f"{name}.json").unlink(missing_ok=True)
-            given = str(trained) if recipe == TRAINED_YAML else recipe
+            options = " ".join([*CALIBRATION, *settings])
             result = once(
                 name,
-                f"crossbit quantize {label} --recipe {recipe} {' '.join(CALIBRATION)}",
-                lambda m=model, r=given, s=settings, b=blocks: measure(m, r, s, args.work, b),  # type: ignore[misc]
+                f"crossbit quantize {label} --recipe {recipe} {options}",
+                partial(measure, model, recipe, settings, args.work, blocks),
             )
             show(name, result)
 

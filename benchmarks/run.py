@@ -22,6 +22,7 @@ def main() -> None:
     steps = [["quality", *common], ["findings", *common], ["fake_quant_cost", "--work", args.work]]
     if args.peer:
         steps.append(["gptq_peer", *common, "--peer", args.peer])
+    steps += [["plan_accuracy", "--work", args.work], ["scaling", "--work", args.work]]
     steps += [["train_step"], ["cqe_cost"], ["ablation", *common], ["cqe", *common]]
     if args.peer:
         steps.append(["low_bits", *common, "--peer", args.peer])

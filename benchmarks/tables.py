@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.ablation import ROWS as ABLATION
 from benchmarks.cqe import ROWS as CQE
+from benchmarks.tables_cost import cost, cqe_cost, plan, scaling, training_step
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 HERE = Path(__file__).parent
@@ -233,48 +234,6 @@ def cqe(results: dict[str, dict[str, Any]]) -> list[str]:
     return parts(results, "cqe", CQE, heading)
 
 
-def cqe_cost(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What CQE+ costs a training step."""
-    found = results.get("cqe-cost")
-    if found is None:
-        return []
-    lines = [
-        "### Cost of CQE+",
-        "",
-        "SmolLM2-135M-Instruct, 4 x 1024 tokens, two blocks in training (one with the look-ahead),",
-        f"median of paired rounds (`{found['conditions']['command']}`).",
-        "",
-        "| part | s | against a step without |",
-        "|---|---|---|",
-    ]
-    for name in (k for k in found if k != "conditions"):
-        row = found[name]
-        ratio = f"{row['ratio']:.2f}x" if "ratio" in row else f"{row['layers']} layers, once"
-        lines.append(f"| {name} | {row['seconds']:.3f} | {ratio} |")
-    return [*lines, ""]
-
-
-def training_step(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Time of an optimiser step."""
-    found = results.get("train-step")
-    if found is None:
-        return []
-    lines = [
-        "### Time of an optimiser step against the bare bf16 forward and backward",
-        "",
-        "Two blocks of SmolLM2-135M-Instruct, 4 x 1024 tokens, median of paired rounds",
-        f"(`{found['conditions']['command']}`).",
-        "",
-        "| rounding | bare s | step s | ratio |",
-        "|---|---|---|---|",
-    ]
-    for name in (k for k in found if k != "conditions"):
-        row = found[name]
-        figures = f"{row['bare_seconds']:.3f} | {row['step_seconds']:.3f} | {row['ratio']:.2f} |"
-        lines.append(f"| {name} | {figures}")
-    return [*lines, ""]
-
-
 def verified(results: dict[str, dict[str, Any]]) -> list[str]:
     """What verification measured on every exported scheme, model by model."""
     found = {k: v for k, v in results.items() if "-verify-" in k}
@@ -304,28 +263,6 @@ def verified(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def _small(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
-
-
-def cost(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Fake-quant cost."""
-    found = results.get("fake-quant-cost")
-    if found is None:
-        return []
-    lines = [
-        "### Time of a W8A8 evaluation against the bare bf16 forward",
-        "",
-        f"SmolLM2-135M-Instruct, the blocks alone, {found['windows']} x {found['length']} tokens,",
-        f"median of paired rounds (`{found['conditions']['command']}`).",
-        "",
-    ]
-    lines += ["| execution | bf16 s | W8A8 s | ratio |", "|---|---|---|---|"]
-    for execution in ("integer", "fake"):
-        row = found[execution]
-        lines.append(
-            f"| {execution} | {row['bare_seconds']:.2f} | {row['quantized_seconds']:.2f} | "
-            f"{row['ratio']:.2f} |"
-        )
-    return [*lines, ""]
 
 
 def findings(results: dict[str, dict[str, Any]], model: str, title: str) -> list[str]:
@@ -412,6 +349,8 @@ def main() -> None:
         *training_step(results),
         *cqe_cost(results),
         *cost(results),
+        *scaling(results),
+        *plan(results),
     ]
     more = [
         *verified(results),

@@ -1,0 +1,122 @@
+"""Tables of what things cost: time, memory, and how well both are predicted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.plan_accuracy import rows
+
+
+def cqe_cost(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What CQE+ costs a training step."""
+    found = results.get("cqe-cost")
+    if found is None:
+        return []
+    lines = [
+        "### Cost of CQE+",
+        "",
+        "SmolLM2-135M-Instruct, 4 x 1024 tokens, two blocks in training (one with the look-ahead),",
+        f"median of paired rounds (`{found['conditions']['command']}`).",
+        "",
+        "| part | s | against a step without |",
+        "|---|---|---|",
+    ]
+    for name in (k for k in found if k != "conditions"):
+        row = found[name]
+        ratio = f"{row['ratio']:.2f}x" if "ratio" in row else f"{row['layers']} layers, once"
+        lines.append(f"| {name} | {row['seconds']:.3f} | {ratio} |")
+    return [*lines, ""]
+
+
+def training_step(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Time of an optimiser step."""
+    found = results.get("train-step")
+    if found is None:
+        return []
+    lines = [
+        "### Time of an optimiser step against the bare bf16 forward and backward",
+        "",
+        "Two blocks of SmolLM2-135M-Instruct, 4 x 1024 tokens, median of paired rounds",
+        f"(`{found['conditions']['command']}`).",
+        "",
+        "| rounding | bare s | step s | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name in (k for k in found if k != "conditions"):
+        row = found[name]
+        figures = f"{row['bare_seconds']:.3f} | {row['step_seconds']:.3f} | {row['ratio']:.2f} |"
+        lines.append(f"| {name} | {figures}")
+    return [*lines, ""]
+
+
+def cost(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Fake-quant cost."""
+    found = results.get("fake-quant-cost")
+    if found is None:
+        return []
+    lines = [
+        "### Time of a W8A8 evaluation against the bare bf16 forward",
+        "",
+        f"SmolLM2-135M-Instruct, the blocks alone, {found['windows']} x {found['length']} tokens,",
+        f"median of paired rounds (`{found['conditions']['command']}`).",
+        "",
+    ]
+    lines += ["| execution | bf16 s | W8A8 s | ratio |", "|---|---|---|---|"]
+    for execution in ("integer", "fake"):
+        row = found[execution]
+        lines.append(
+            f"| {execution} | {row['bare_seconds']:.2f} | {row['quantized_seconds']:.2f} | "
+            f"{row['ratio']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def scaling(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Time against blocks and tokens."""
+    found = [r for name, r in results.items() if name.startswith("scaling-")]
+    if not found:
+        return []
+    lines = [
+        "### Time of cbq-w4a16 against blocks and tokens",
+        "",
+        "SmolLM2-135M-Instruct, its first blocks alone where there are fewer than 30; blocks and",
+        "what is read and written for them, without evaluation (`python -m benchmarks.scaling`).",
+        "",
+        "| blocks | tokens | s | s a block and 1000 tokens | peak MB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(found, key=lambda r: (-r["blocks"], -r["samples"])):
+        share = row["seconds"] / row["blocks"] / (row["samples"] * row["length"] / 1000)
+        lines.append(
+            f"| {row['blocks']} | {row['samples']} x {row['length']} | {row['seconds']:.1f} | "
+            f"{share:.3f} | {row['peak_rss'] / 1e6:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def plan(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Predictions against what was measured."""
+    found = {name: r for name, r in results.items() if name.startswith("plan-")}
+    if not found:
+        return []
+    lines = [
+        "### What crossbit plan predicts, and what a run takes",
+        "",
+        "16 x 512 tokens; predicted / measured. 1b is random weights in the shape of",
+        "TinyLlama-1.1B, of as many blocks as its name says (all 22 where it says none), one epoch",
+        "of training (`python -m benchmarks.plan_accuracy`). Memory is RssAnon + RssShmem.",
+        "",
+        "| model | recipe | memory MB | disk MB | time s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in found.items():
+        label = name.removeprefix("plan-").removesuffix(f"-{result['recipe']}")
+        cells = {
+            what: f"{predicted:.0f} / {measured:.0f} ({predicted / measured:.2f})"
+            for what, _, predicted, measured in rows(result)[:4]
+        }
+        lines.append(
+            f"| {label} | {result['recipe']} | {cells['memory']} | {cells['disk']} | "
+            f"{cells['time']} |"
+        )
+    return [*lines, ""]
