@@ -10,6 +10,8 @@ and, where rounding is trained (``engine.loop`` says what follows what)
 
     teacher-00009.safetensors activations that enter block 9, the first that is not open yet, in the
                              original model
+    metric-00008.safetensors the metric of what leaves block 8
+    sensitivity-*            activations and gradients while metrics are measured
     window-00003.safetensors the open blocks when window 3 begins
     start.safetensors        where it began, if some layer has no sensible rounding yet
     training.safetensors     window, optimiser and progress of a training in work
