@@ -91,6 +91,14 @@ TUNED = recipe(
     norms=True,
     end_to_end={"epochs": 2, "batch": 2},
 )
+# The same with steps alone in the end, from shares of ranges; coarse enough for training to help.
+HELD = recipe(
+    {"limits": "range", "start": {"kind": "rtn"}},
+    weights={"bits": 3, "group": 16, "symmetric": False, "scale_dtype": "float32"},
+    embedding=None,
+    head=None,
+    end_to_end={"epochs": 2, "batch": 2, "hold": True, "step": 0.003},
+)
 # Everything at once: overlapping windows, quantized inputs, both targets, logits.
 WHOLE = recipe(
     activations=A8,

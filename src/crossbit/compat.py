@@ -306,6 +306,18 @@ RULES: tuple[Rule, ...] = (
         "activations.kind per_token, per_token_clip or cross_folded with norms",
     ),
     Rule(
+        lambda r: (
+            r.end_to_end is not None
+            and r.end_to_end.hold
+            and r.trains
+            and not r.norms
+            and not any(a.kind == "per_token_clip" for a in _activations(r))
+            and not any(isinstance(s, TrainedRounding) and s.steps for _, _, s in _combinations(r))
+        ),
+        "end_to_end.hold keeps the codes, and no steps, norms or clip factors are there to train",
+        "solver {kind: rounding, steps: true}, norms: true, or end_to_end.hold: false",
+    ),
+    Rule(
         lambda r: r.let is not None and r.end_to_end is not None and r.end_to_end.hold,
         "end_to_end.hold keeps the codes, which the factors of let would change",
         "end_to_end.hold: false with let",
@@ -420,6 +432,11 @@ def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
     if not recipe.trains and (recipe.objective, recipe.training) != (Objective(), Training()):
         notes.append(
             "objective and training change nothing: no layer has a solver of kind rounding"
+        )
+    if recipe.objective.metric == "fisher" and recipe.objective.norm in ("sum", "mean"):
+        notes.append(
+            "metric fisher is that of relative errors, which norm sum and mean do not measure; "
+            "use norm bounded or token with it"
         )
     if any(
         isinstance(s, TrainedRounding) and s.limits == "range" and isinstance(s.start, Gptq)

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from tests.killing import Death, When, kill
 from tests.pipelines import shorten
-from tests.training import TUNED, WHOLE, digests, interrupted_at, train, uninterrupted, weights_of
+from tests.training import (
+    HELD,
+    TUNED,
+    WHOLE,
+    digests,
+    interrupted_at,
+    train,
+    uninterrupted,
+    weights_of,
+)
 
 from crossbit.engine import loop, window
 from crossbit.engine.job import Job
@@ -56,6 +65,12 @@ TUNED_MOMENTS: dict[str, tuple[str, int, When]] = {
 }
 
 
+HELD_MOMENTS: dict[str, tuple[str, int, When]] = {
+    "inside the tuning of steps": ("training", 12, "after"),
+    "steps tuned, not written": ("refined", 1, "after"),
+}
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) -> dict[str, Path]:
     """Output folders whose runs were killed at each of both MOMENTS."""
@@ -63,7 +78,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path, text: Path) ->
     outs: dict[str, Path] = {}
     deaths = []
     common = {"model": str(llama), "calibration": str(text), "samples": 4, "length": 32}
-    for recipe, moments in ((WHOLE, MOMENTS), (TUNED, TUNED_MOMENTS)):
+    for recipe, moments in ((WHOLE, MOMENTS), (TUNED, TUNED_MOMENTS), (HELD, HELD_MOMENTS)):
         chosen = {**common, "recipe": recipe.model_dump(mode="json")}
         for moment, (name, count, when) in moments.items():
             outs[moment] = folder / f"out{len(outs)}"
@@ -93,6 +108,18 @@ def test_a_killed_tuning_resumes_to_the_same_bytes(
     assert not out.exists()
     train(llama, text, out, TUNED, resume=True)
     assert weights_of(out) == weights_of(tuned)
+
+
+def test_held_codes_resume_to_the_same_bytes(
+    killed: dict[str, Path], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """Of windows that trained, from ranges of an asymmetric grid."""
+    whole = uninterrupted(tmp_path / "out", llama, text, HELD)
+    known = json.loads((whole / "crossbit.json").read_text())["training"]
+    assert all(window["after"] < window["before"] for window in known)
+    for moment in HELD_MOMENTS:
+        train(llama, text, killed[moment], HELD, resume=True)
+        assert weights_of(killed[moment]) == weights_of(whole)
 
 
 def test_tuning_changes_the_result(tuned: Path, llama: Path, text: Path, tmp_path: Path) -> None:
@@ -125,6 +152,17 @@ def test_nothing_old_is_kept(
         *("stream-00001.safetensors", "target.safetensors", "teacher-00002.safetensors"),
         *("trained-00000.json", "window-00001.safetensors"),
     ]
+
+
+def test_metrics_that_are_missing_are_measured_again(
+    llama: Path, text: Path, tmp_path: Path, tuned: Path
+) -> None:
+    out = tmp_path / "out"
+    with interrupted_at((1, 1)):
+        train(llama, text, out, TUNED)
+    (out.with_name("out.crossbit-work") / "metric-00002.safetensors").unlink()
+    train(llama, text, out, TUNED, resume=True)
+    assert weights_of(out) == weights_of(tuned)
 
 
 # -- damage ---------------------------------------------------------------------------------------

@@ -203,6 +203,20 @@ CASES: list[Case] = [
     ),
     (
         28,
+        {"solver": {"kind": "rounding", "steps": False}, "end_to_end": {"hold": True}},
+        ("steps: true", "norms: true", "end_to_end.hold: false"),
+        [
+            {"solver": ROUNDING, "end_to_end": {"hold": True}},
+            {
+                "solver": {"kind": "rounding", "steps": False},
+                "norms": True,
+                "end_to_end": {"hold": True},
+            },
+            {"solver": {"kind": "rounding", "steps": False}, "end_to_end": {}},
+        ],
+    ),
+    (
+        29,
         {
             "transforms": [{"kind": "let"}],
             "solver": ROUNDING,
@@ -495,6 +509,11 @@ def test_presets_suit_dense_models_and_experts(name: str, family: str) -> None:
         ({"activations": A8}, "opt", "fc1 and fc2"),
         ({"activations": {"kind": "cross_dynamic"}}, "llama", "research"),
         ({"weights": {"group": 64}, "activations": A8}, "llama", "weights.signed=false"),
+        (
+            {"solver": ROUNDING, "objective": {"metric": "fisher", "norm": "mean"}},
+            "llama",
+            "use norm bounded or token",
+        ),
     ],
 )
 def test_warnings(data: dict[str, Any], family: str, expected: str) -> None:

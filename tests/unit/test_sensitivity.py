@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.opened import tiny_job
+from tests.opened import Held, tiny_job
 from tests.tiny import FAMILIES, tiny_model
 from torch import Tensor
 
+from crossbit.engine import sensitivity
 from crossbit.engine.job import Job
 from crossbit.engine.progress import Reporter
-from crossbit.engine.sensitivity import FLOOR, load_metric, measure_sensitivity, metric_of
+from crossbit.engine.sensitivity import (
+    FLOOR,
+    load_metric,
+    measure_sensitivity,
+    metric_name,
+    metric_of,
+)
+from crossbit.engine.window import _loss, _metrics
 from crossbit.engine.workdir import WorkDir
+from crossbit.errors import WorkError
+from crossbit.objective import reconstruction_loss
+from crossbit.windows import Window
 
 
 def folder(path: Path) -> WorkDir:
@@ -23,12 +35,12 @@ def folder(path: Path) -> WorkDir:
     return work
 
 
-def whole_model(family: str, job: Job) -> list[Tensor]:
+def whole_model(family: str, job: Job, sequences: int = 16) -> list[Tensor]:
     """F after each block by one backward pass through all of the model in float64."""
     model = tiny_model(family, dtype=torch.float32).double()
     model.requires_grad_(False)
     assert job.ids is not None
-    ids = job.ids[: job.ids.shape[0] - job.held_out]
+    ids = job.ids[: job.ids.shape[0] - job.held_out][:sequences]
     kept: list[Tensor] = []
 
     def keep(_: Any, __: Any, out: Any) -> None:
@@ -72,6 +84,63 @@ def test_it_is_that_of_the_whole_model(family: str, tmp_path: Path) -> None:
         assert float(torch.linalg.eigvalsh(metric.double())[0]) > 0.9 * FLOOR / (1 + FLOOR)
 
 
+@pytest.mark.parametrize(("tokens", "sequences"), [(5, 16), (16, 2), (7, 3)])
+def test_parts_of_texts_add_up(
+    tokens: int, sequences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tokens through the head at once, a sequence through the blocks, a few in all."""
+    monkeypatch.setattr(sensitivity, "TOKENS", tokens)
+    monkeypatch.setattr(sensitivity, "SEQUENCES", sequences)
+    monkeypatch.setattr("crossbit.engine.job.TOKENS_AT_ONCE", 16)
+    job, work = tiny_job("llama"), folder(tmp_path)
+    measure_sensitivity(job, work, Reporter(quiet=True))
+    for index, information in enumerate(whole_model("llama", job, sequences)):
+        wanted = metric_of(information)
+        torch.testing.assert_close(load_metric(work, index).double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_of_later_blocks_only(tmp_path: Path) -> None:
+    job, work = tiny_job("llama"), folder(tmp_path)
+    measure_sensitivity(job, work, Reporter(quiet=True), 1)
+    assert not work.has("metric-00000")
+    assert work.has("metric-00001")
+
+
+def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    job, work = tiny_job("llama"), folder(tmp_path)
+    tensors = dict(tiny_model("llama", dtype=torch.float32).state_dict())
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(3e38)
+    job = replace(job, checkpoint=Held(tensors))
+    with pytest.raises(WorkError, match=r"block 0: .* not finite; use --dtype float32"):
+        measure_sensitivity(job, work, Reporter(quiet=True))
+
+
+def test_the_loss_of_a_window_is_in_its_metrics(tmp_path: Path) -> None:
+    """With k + 1 times the identity after block k, in look-ahead and homologous terms alike."""
+    data = {"window": 1, "overlap": 0, "ahead": [1.0, 1.0], "homologous": 0.5, "norm": "token"}
+    plain, sensed = (
+        tiny_job("llama", objective={**data, "metric": metric})
+        for metric in ("euclidean", "fisher")
+    )
+    work, window = folder(tmp_path), Window(1, 1, 2, 1)
+    for index in range(plain.shell.num_blocks):
+        work.save_state(metric_name(index), {"metric": (index + 1.0) * torch.eye(8)}, {})
+    outputs = [torch.randn(2, 3, 8) for _ in range(2)]
+    targets = [torch.randn(2, 3, 8) for _ in range(3)]
+
+    def loss(job: Job) -> float:
+        terms = (1.0, 1.0)
+        return float(_loss(job, False, terms, _metrics(job, work, window, 2))(outputs, targets))
+
+    def term(output: Tensor, target: Tensor) -> float:
+        return float(reconstruction_loss(output, target, norm="token"))
+
+    first = term(outputs[0], targets[0]) + 0.5 * term(outputs[0], targets[2])
+    second = term(outputs[1], targets[1])
+    assert loss(plain) == pytest.approx(first + second, rel=1e-5)
+    assert loss(sensed) == pytest.approx(2 * first + 3 * second, rel=1e-5)
+
+
 def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     job = tiny_job("llama", objective={"metric": "fisher"})
     work = folder(tmp_path)
@@ -81,6 +150,9 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     written = {p.name: p.stat().st_mtime_ns for p in work.path.iterdir()}
     measure_sensitivity(job, work, Reporter(quiet=True))
     assert written == {p.name: p.stat().st_mtime_ns for p in work.path.iterdir()}
+    (work.path / "sensitivity-input-00000.safetensors").touch()  # killed before it went
+    measure_sensitivity(job, work, Reporter(quiet=True))
+    assert written.keys() == {p.name for p in work.path.iterdir()}
     work.drop("metric-00000")  # killed before the last one
     measure_sensitivity(job, work, Reporter(quiet=True))
     assert written.keys() == {p.name for p in work.path.iterdir()}

@@ -103,11 +103,11 @@ def _one_block(job: Job, work: WorkDir, index: int, entering: Stream | None) -> 
 def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
     windows = windows_of(job.recipe, job.shell.num_blocks)
     first, streams, live = _resume(job, work, windows)
+    if job.recipe.objective.metric == "fisher" and first < len(windows):
+        measure_sensitivity(job, work, reporter, windows[first].start)
     if streams is None:
         # The teacher is the original model, its embedding included.
         teacher = _embedded(job, work, teacher_name(0))
-        if job.recipe.objective.metric == "fisher":
-            measure_sensitivity(job, work, reporter)
         streams = Streams(_entering(job, work, 0), teacher)
     job.shell.free_outside()
     release_memory()

@@ -85,7 +85,7 @@ class TrainedNorm:
 def trained_norms(
     module: nn.Module, offset: int, *, known: Mapping[str, Known] | None = None
 ) -> list[TrainedNorm]:
-    """The norms of a block: modules without parts, whose weight is a vector.
+    """The norms of a block: its modules whose weight is a vector.
 
     Args:
         module: the block; its norms are as the folds left them.

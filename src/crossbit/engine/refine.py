@@ -31,7 +31,7 @@ from crossbit.engine.window import (
 )
 from crossbit.engine.workdir import TARGET, WorkDir, teacher_name
 from crossbit.errors import WorkError
-from crossbit.solvers.rounding import held, reenter
+from crossbit.solvers.rounding import harden, held, reenter
 from crossbit.windows import Window
 
 REFINED = "refined"
@@ -62,11 +62,7 @@ def refine(job: Job, work: WorkDir, windows: int, entering: Stream, reporter: Re
     if known is None:
         for index in range(total):
             blocks += unpack(job, *work.load_state(open_name(index)))
-        for _, layer in layers_of(blocks):
-            if job.recipe.end_to_end.hold and not layer.frozen:
-                layer.state = held(layer.state)
-            else:
-                reenter(layer.state)
+            _reopen(blocks[-1], hold=job.recipe.end_to_end.hold)
     else:
         tensors, record = known
         blocks = unpack(job, tensors, record)
@@ -76,6 +72,17 @@ def refine(job: Job, work: WorkDir, windows: int, entering: Stream, reporter: Re
     if not done:
         _tune(job, work, window, blocks, entering, reporter, interrupted)
     _write_again(job, work, blocks, entering, reporter)
+
+
+def _reopen(block: TrainedBlock, *, hold: bool) -> None:
+    """Make what the windows trained trainable again, or its steps alone."""
+    for _, layer in layers_of([block]):
+        if hold and not layer.frozen:
+            layer.state = held(layer.state)
+            # What a state of the training is read from again: these codes, and these steps.
+            layer.first = harden(layer.state)
+        else:
+            reenter(layer.state)
 
 
 def _tune(

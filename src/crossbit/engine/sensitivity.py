@@ -44,16 +44,21 @@ def load_metric(work: WorkDir, block: int) -> Tensor:
     return work.load_state(metric_name(block))[0]["metric"]
 
 
-def measure_sensitivity(job: Job, work: WorkDir, reporter: Reporter) -> None:
-    """Write the metric of what leaves each block into the work folder, as far as it is missing.
+def measure_sensitivity(job: Job, work: WorkDir, reporter: Reporter, first: int = 0) -> None:
+    """Write the metrics of what leaves the blocks into the work folder, unless all are there.
 
     Args:
-        job: the run; what is outside its blocks is loaded.
+        job: the run; what is outside its blocks is loaded, the embedding as it was.
         work: where metrics go, and activations meanwhile.
         reporter: told how it goes.
+        first: block from which on they are wanted.
+
+    Raises:
+        WorkError: activations or gradients are not finite.
     """
     total = job.shell.num_blocks
-    if all(work.has(metric_name(index)) for index in range(total)):
+    if all(work.has(metric_name(index)) for index in range(first, total)):
+        _clean(work)
         return
     assert job.ids is not None
     fitting = job.ids.shape[0] - job.held_out
@@ -63,12 +68,16 @@ def measure_sensitivity(job: Job, work: WorkDir, reporter: Reporter) -> None:
         reporter.status(f"sensitivity of predictions: block {index} forwards")
         inputs.append(_forwards(job, work, index, inputs[-1]))
     gradients = _at_head(job, work, inputs.pop())
-    for index in reversed(range(total)):
+    for index in reversed(range(first, total)):
         reporter.status(f"sensitivity of predictions: block {index} backwards")
         gradients = _backwards(job, work, index, inputs.pop(), gradients)
+    _clean(work)
+    release_memory()
+
+
+def _clean(work: WorkDir) -> None:
     for name in work.names("sensitivity-"):
         work.drop(name)
-    release_memory()
 
 
 def _input_name(block: int) -> str:
@@ -96,7 +105,9 @@ def _forwards(job: Job, work: WorkDir, index: int, entering: Stream) -> Stream:
     with work.writer(_input_name(index + 1), entering.shape, entering.dtype) as writer:
         for start in range(0, count, batch):
             out = block(entering.read(start, start + batch, job.shell.device), **kwargs)
-            writer.append(out[0] if isinstance(out, tuple) else out)
+            out = out[0] if isinstance(out, tuple) else out
+            _check_finite(index, "output", out)
+            writer.append(out)
         job.shell.free_block(index)
         return writer.commit()
 
@@ -146,12 +157,16 @@ def _backwards(job: Job, work: WorkDir, index: int, entering: Stream, leaving: S
             rows = (gradient.float() * size).flatten(0, 1)
             information += rows.t() @ rows
         job.shell.free_block(index)
-        if not bool(torch.isfinite(information).all()):
-            raise WorkError(
-                f"block {index}: gradients of the predictions are not finite; use --dtype float32"
-            )
+        _check_finite(index, "gradient", information)
         work.save_state(metric_name(index), {"metric": metric_of(information)}, {})
         return writer.commit()
+
+
+def _check_finite(index: int, what: str, found: Tensor) -> None:
+    if not bool(torch.isfinite(found.sum())):
+        raise WorkError(
+            f"block {index}: the original block's {what} is not finite; use --dtype float32"
+        )
 
 
 def metric_of(information: Tensor) -> Tensor:

@@ -163,13 +163,15 @@ def _windows(d: Description, parts: list[float], saves: bool) -> float:
 def _refine(d: Description, parts: list[float]) -> float:
     """All blocks finished and, as they left their windows, open; tuned, then written again."""
     stream, held = stream_bytes(d, d.samples), stream_bytes(d, d.held)
+    left = sum(packed(d, b) for b in d.blocks)  # by the windows
+    d = d.tuned
     opened, best = sum(packed(d, b) for b in d.blocks), sum(map(trained, d.blocks))
     # What entered the first block and left the last one, the teacher's; the best state and the one
     # before it, the state in training and the one that takes its place.
     tuning = 3 * stream + held + 2 * best + 2 * (opened + 2 * best)
     # What enters the block in work and leaves it; its files take the place of others.
     writing = stream * (5 if len(parts) > 1 else 4) + 2 * held + opened + max(parts)
-    return sum(parts) + opened + max(tuning, writing)
+    return sum(parts) + left + max(tuning, writing)
 
 
 def _trained(layer: LayerShape) -> float:

@@ -183,6 +183,8 @@ def training(d: Description) -> float:
 
 def tuning(d: Description, settings: EndToEnd) -> float:
     """All blocks in training at once, of which one runs at a time; then they are closed again."""
+    read = max(_live(d, b) for b in d.blocks) if settings.hold else 0.0  # before its codes are held
+    d = d.tuned
     alive = sum(_live(d, b) for b in d.blocks)
     layers = [layer for b in d.blocks for layer in b.planned]
     moved = [layer for layer in layers if layer.rounding is not None]
@@ -212,7 +214,7 @@ def tuning(d: Description, settings: EndToEnd) -> float:
         closed = max(closed, left + closing(d, b))
     # A block is read for what it is put into, and embedding and head to begin with.
     reading = max(loading_ends(d), *(loading(b, d.itemsize) for b in dict.fromkeys(d.blocks)))
-    return max(tuned, closed, alive + reading)
+    return max(tuned, closed, alive + reading + read)
 
 
 def _original(d: Description, block: BlockShape) -> float:

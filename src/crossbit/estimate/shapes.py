@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crossbit.engine.plan import choice_of
 from crossbit.engine.sensitivity import SEQUENCES
@@ -194,6 +194,17 @@ class BlockShape:
         return sum(layer.weights * layer.share for layer in self.layers)
 
 
+def _held(block: BlockShape) -> BlockShape:
+    """The block with all codes as they are."""
+    steps = TrainedRounding(parameter="none")
+
+    def layer(own: LayerShape) -> LayerShape:
+        return own if own.rounding is None else replace(own, rounding=steps, factored=False)
+
+    groups = (replace(g, layers=tuple(map(layer, g.layers))) for g in block.groups)
+    return replace(block, groups=tuple(groups))
+
+
 @dataclass(frozen=True)
 class OutsideShape:
     """An embedding or a head [rows, columns]; ``stored`` None: it stays in floating point.
@@ -267,6 +278,13 @@ class Description:
     def length(self) -> int:
         """Tokens of each."""
         return self.recipe.calibration.length
+
+    @property
+    def tuned(self) -> Description:
+        """The blocks as the end-to-end stage trains them: those whose codes it holds have steps."""
+        if self.end_to_end is None or not self.end_to_end.hold:
+            return self
+        return replace(self, blocks=tuple(map(_held, self.blocks)))
 
     @property
     def sensing(self) -> int:

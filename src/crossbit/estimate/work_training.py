@@ -107,6 +107,8 @@ def count_tuning(d: Description, settings: EndToEnd, work: defaultdict[str, floa
     fitting, evaluations = d.samples - d.held, settings.epochs + 1
     steps = settings.epochs * -(-fitting // settings.batch)
     seen = settings.epochs * fitting
+    left = sum(packed(d, b) for b in d.blocks)  # by the windows
+    d = d.tuned
     opened, best = sum(packed(d, b) for b in d.blocks), sum(map(trained, d.blocks))
     read_ends(work, d)
     for block in d.blocks:
@@ -125,8 +127,8 @@ def count_tuning(d: Description, settings: EndToEnd, work: defaultdict[str, floa
         count_closing(d, block, work)
     _divergence(d, work, seen, evaluations)
     # The open blocks; the best parameters, and a state in training after each epoch; the result.
-    work["write"] += 2 * opened + evaluations * best + settings.epochs * (opened + 2 * best)
-    work["read"] += opened + best
+    work["write"] += left + opened + evaluations * best + settings.epochs * (opened + 2 * best)
+    work["read"] += left + best
 
 
 def _divergence(
