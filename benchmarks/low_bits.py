@@ -73,13 +73,20 @@ _WEIGHTS: _Methods = {
 }
 _A4 = ("activations.bits=4",)
 OURS: dict[str, _Methods] = {
-    "w4a16": {**_WEIGHTS, "cbq": ("cbq-w4a16", ()), "best": ("best-w4a16", ())},
+    "w4a16": {
+        **_WEIGHTS,
+        "cbq": ("cbq-w4a16", ()),
+        "cbq-fisher": ("cbq-w4a16", ("objective.metric=fisher",)),
+    },
     "w3a16": {**_WEIGHTS, "cbq": ("cbq-w3a16", ())},
     "w2a16": {
         **_WEIGHTS,
         "cbq": ("cbq-w2a16", ()),
         "cbq-e2e": ("cbq-w2a16+e2e", ("end_to_end.epochs=2", "end_to_end.step=3e-4")),
-        "best": ("best-w2a16", ()),
+        "cbq-e2e-norms": (
+            "cbq-w2a16+e2e",
+            ("end_to_end.epochs=2", "end_to_end.step=3e-4", "norms=true"),
+        ),
     },
     "w4a8": {
         "rtn": ("rtn-w4a8-g64", ()),
