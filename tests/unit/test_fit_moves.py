@@ -238,7 +238,7 @@ def job_of(blocks: Sequence[TrainedBlock]) -> Any:
             block_kwargs=lambda length, dtype: [{}] * len(blocks),
         ),
         online=Online(),
-        recipe=SimpleNamespace(let=None),
+        recipe=SimpleNamespace(let=None, norms=False),
         checkpoint=SimpleNamespace(close=lambda: None),
         dtype=torch.float32,
         ids=None,
