@@ -18,7 +18,7 @@ from tests.training import weights_of
 import crossbit
 from crossbit.engine.closing import close_block
 from crossbit.engine.job import Job
-from crossbit.engine.window import through_original
+from crossbit.engine.originals import through_original
 from crossbit.errors import InputError
 from crossbit.runtime.loader import load_model
 from crossbit.verification import verify

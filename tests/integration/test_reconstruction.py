@@ -22,9 +22,9 @@ from crossbit.engine.fit import Progress, Task, fit
 from crossbit.engine.job import Job
 from crossbit.engine.live import parameters_of
 from crossbit.engine.opening import open_block
+from crossbit.engine.originals import embedded, through_original
 from crossbit.engine.progress import Reporter
 from crossbit.engine.trained import layers_of, make_trainable
-from crossbit.engine.window import through_original
 from crossbit.engine.workdir import WorkDir
 from crossbit.export.reader import QuantizedCheckpoint
 from crossbit.objective import reconstruction_loss
@@ -87,7 +87,7 @@ class Memory:
 
 def plain(job: Job, work: WorkDir, reporter: Reporter) -> None:
     """Block-wise reconstruction as a loop: its target is what the original makes of its input."""
-    teacher = loop._embedded(job, work, "teacher-00000")
+    teacher = embedded(job, work, "teacher-00000")
     entering = loop._entering(job, work, 0)
     count, length = entering.shape[:2]
     held = job.held_out

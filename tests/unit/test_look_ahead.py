@@ -25,6 +25,7 @@ from crossbit.engine import window
 from crossbit.engine.fit import Progress, Task, fit
 from crossbit.engine.job import Job
 from crossbit.engine.logits import hidden_logit_kl
+from crossbit.engine.originals import through_original
 from crossbit.engine.trained import layers_of, materialised
 from crossbit.errors import InputError
 from crossbit.objective import homologous, reconstruction_loss, terms_ahead
@@ -298,7 +299,7 @@ def test_nothing_of_it_is_left_in_the_work_folder(
         return original(*args)
 
     works: list[Any] = []
-    begin = window.through_original
+    begin = through_original
 
     def through(job: Job, work: Any, *args: Any, **options: Any) -> Any:
         works[:] = [work]

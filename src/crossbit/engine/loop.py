@@ -13,13 +13,12 @@ saved last.
 
 from __future__ import annotations
 
-import torch
-
 from crossbit.compat import windows_of
 from crossbit.engine.closing import close_block
-from crossbit.engine.job import Job, batch_of
+from crossbit.engine.job import Job
 from crossbit.engine.live import pack, unpack
 from crossbit.engine.opening import open_block
+from crossbit.engine.originals import embedded, through_original
 from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.refine import open_name, refine
 from crossbit.engine.sensitivity import measure_sensitivity, metric_name
@@ -30,7 +29,6 @@ from crossbit.engine.window import (
     Streams,
     forget_training,
     interrupted_training,
-    through_original,
     through_trained,
     train_window,
 )
@@ -67,21 +65,7 @@ def _entering(job: Job, work: WorkDir, block: int) -> Stream:
         raise WorkError(f"{work.path}: the activations entering block {block} are missing")
     # Calibration text enters the blocks through the quantized embedding.
     job.round_embedding()
-    return _embedded(job, work, stream_name(0))
-
-
-@torch.no_grad()
-def _embedded(job: Job, work: WorkDir, name: str) -> Stream:
-    """The calibration text's hidden states before the first block."""
-    assert job.ids is not None
-    count, length = job.ids.shape
-    batch = batch_of(length)
-    first = job.shell.embed(job.ids[:batch])
-    with work.writer(name, (count, *first.shape[1:]), first.dtype) as writer:
-        writer.append(first)
-        for start in range(batch, count, batch):
-            writer.append(job.shell.embed(job.ids[start : start + batch]))
-        return writer.commit()
+    return embedded(job, work, stream_name(0))
 
 
 def _one_block(job: Job, work: WorkDir, index: int, entering: Stream | None) -> Stream | None:
@@ -107,7 +91,7 @@ def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
         measure_sensitivity(job, work, reporter, windows[first].start)
     if streams is None:
         # The teacher is the original model, its embedding included.
-        teacher = _embedded(job, work, teacher_name(0))
+        teacher = embedded(job, work, teacher_name(0))
         streams = Streams(_entering(job, work, 0), teacher)
     job.shell.free_outside()
     release_memory()
@@ -225,10 +209,9 @@ def _save_window(job: Job, work: WorkDir, window: Window, live: dict[int, Traine
     keep = {window_name(window.index + 1), teacher_name(opened), stream_name(start)}
     if job.recipe.end_to_end is not None:
         keep.add(stream_name(0))
+    keep |= {metric_name(index) for index in range(start, job.shell.num_blocks)}
     forget_training(work)
-    for index in range(start):
-        work.drop(metric_name(index))
-    for prefix in ("window-", "teacher-", "stream-"):
+    for prefix in ("window-", "teacher-", "stream-", "metric-"):
         for name in work.names(prefix):
             if name not in keep:
                 work.drop(name)

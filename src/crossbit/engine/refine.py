@@ -16,6 +16,7 @@ from crossbit.engine.closing import close_block
 from crossbit.engine.job import Job
 from crossbit.engine.live import pack, unpack
 from crossbit.engine.logits import hidden_logit_kl
+from crossbit.engine.originals import through_original
 from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.stream import Stream
 from crossbit.engine.trained import TrainedBlock, layers_of
@@ -25,7 +26,6 @@ from crossbit.engine.window import (
     forget_training,
     interrupted_training,
     make_task,
-    through_original,
     train,
     trains_steps,
 )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from crossbit.engine.job import Job, batch_of
+from crossbit.engine.originals import embedded, through_original
 from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.stream import Stream
 from crossbit.engine.workdir import WorkDir
@@ -31,7 +32,7 @@ SEQUENCES = 16  # of the fitting ones, at most
 FLOOR = 0.1
 TOKENS = 128  # through the head at once
 
-_FORWARD, _GRADIENTS = "sensitivity-input-", ("sensitivity-gradient-0", "sensitivity-gradient-1")
+_INPUT, _GRADIENTS = "sensitivity-input-", ("sensitivity-gradient-0", "sensitivity-gradient-1")
 
 
 def metric_name(block: int) -> str:
@@ -61,12 +62,15 @@ def measure_sensitivity(job: Job, work: WorkDir, reporter: Reporter, first: int 
         _clean(work)
         return
     assert job.ids is not None
-    fitting = job.ids.shape[0] - job.held_out
-    ids = job.ids[: min(SEQUENCES, fitting)]
-    inputs = [_embedded(job, work, ids)]
+    sequences = min(SEQUENCES, job.ids.shape[0] - job.held_out)
+    inputs = [embedded(job, work, f"{_INPUT}{0:05d}", sequences)]
     for index in range(total):
         reporter.status(f"sensitivity of predictions: block {index} forwards")
-        inputs.append(_forwards(job, work, index, inputs[-1]))
+        name = f"{_INPUT}{index + 1:05d}"
+        inputs.append(through_original(job, work, index, inputs[-1], name))
+    if not _finite(inputs[-1]):
+        index = next(i for i, stream in enumerate(inputs[1:]) if not _finite(stream))
+        raise _overflow(index, "output")
     gradients = _at_head(job, work, inputs.pop())
     for index in reversed(range(first, total)):
         reporter.status(f"sensitivity of predictions: block {index} backwards")
@@ -78,38 +82,6 @@ def measure_sensitivity(job: Job, work: WorkDir, reporter: Reporter, first: int 
 def _clean(work: WorkDir) -> None:
     for name in work.names("sensitivity-"):
         work.drop(name)
-
-
-def _input_name(block: int) -> str:
-    return f"{_FORWARD}{block:05d}"
-
-
-@torch.no_grad()
-def _embedded(job: Job, work: WorkDir, ids: Tensor) -> Stream:
-    batch = batch_of(ids.shape[1])
-    first = job.shell.embed(ids[:batch])
-    shape = (ids.shape[0], *first.shape[1:])
-    with work.writer(_input_name(0), shape, first.dtype) as writer:
-        for start in range(0, ids.shape[0], batch):
-            writer.append(job.shell.embed(ids[start : start + batch]))
-        return writer.commit()
-
-
-@torch.no_grad()
-def _forwards(job: Job, work: WorkDir, index: int, entering: Stream) -> Stream:
-    block = job.shell.load_block(index, job.checkpoint, job.dtype)
-    job.checkpoint.close()
-    count, length = entering.shape[:2]
-    kwargs = job.shell.block_kwargs(length, job.dtype)[index]
-    batch = batch_of(length)
-    with work.writer(_input_name(index + 1), entering.shape, entering.dtype) as writer:
-        for start in range(0, count, batch):
-            out = block(entering.read(start, start + batch, job.shell.device), **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
-            _check_finite(index, "output", out)
-            writer.append(out)
-        job.shell.free_block(index)
-        return writer.commit()
 
 
 def _at_head(job: Job, work: WorkDir, leaving: Stream) -> Stream:
@@ -157,16 +129,20 @@ def _backwards(job: Job, work: WorkDir, index: int, entering: Stream, leaving: S
             rows = (gradient.float() * size).flatten(0, 1)
             information += rows.t() @ rows
         job.shell.free_block(index)
-        _check_finite(index, "gradient", information)
+        if not bool(torch.isfinite(information).all()):
+            raise _overflow(index, "gradient")
         work.save_state(metric_name(index), {"metric": metric_of(information)}, {})
         return writer.commit()
 
 
-def _check_finite(index: int, what: str, found: Tensor) -> None:
-    if not bool(torch.isfinite(found.sum())):
-        raise WorkError(
-            f"block {index}: the original block's {what} is not finite; use --dtype float32"
-        )
+def _finite(stream: Stream) -> bool:
+    return all(bool(torch.isfinite(stream.read(i, i + 1)).all()) for i in range(stream.shape[0]))
+
+
+def _overflow(index: int, what: str) -> WorkError:
+    return WorkError(
+        f"block {index}: the original block's {what} is not finite; use --dtype float32"
+    )
 
 
 def metric_of(information: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from crossbit.engine.fit import Loss, Optimiser, Progress, Task, fit, outcome
 from crossbit.engine.job import Job, batch_of
 from crossbit.engine.live import pack, parameters_of
 from crossbit.engine.logits import hidden_logit_kl
+from crossbit.engine.originals import through_original
 from crossbit.engine.progress import Reporter, release_memory
 from crossbit.engine.sensitivity import load_metric
 from crossbit.engine.stream import Stream
@@ -273,34 +274,6 @@ def _homologous(job: Job, work: WorkDir, window: Window, entering: Stream) -> St
         stream = through_original(job, work, index, stream, f"homologous-{index % 2}")
     work.drop(f"homologous-{window.stop % 2}")
     return stream
-
-
-@torch.no_grad()
-def through_original(
-    job: Job, work: WorkDir, index: int, entering: Stream, name: str, *, held: bool = False
-) -> Stream:
-    """A stream through an original block, into the file ``name``.
-
-    Args:
-        job: the run.
-        work: where the file is.
-        index: of the block. Whatever stands in its place in the shell is put aside.
-        entering: activations that enter it.
-        name: of the new stream.
-        held: only the held-out sequences.
-    """
-    block = job.shell.load_block(index, job.checkpoint, job.dtype)
-    job.checkpoint.close()
-    count, length = entering.shape[:2]
-    first = count - job.held_out if held else 0
-    kwargs = job.shell.block_kwargs(length, job.dtype)[index]
-    batch = batch_of(length)
-    with work.writer(name, (count - first, *entering.shape[1:]), entering.dtype) as writer:
-        for start in range(first, count, batch):
-            out = block(entering.read(start, start + batch, job.shell.device), **kwargs)
-            writer.append(out[0] if isinstance(out, tuple) else out)
-        job.shell.free_block(index)
-        return writer.commit()
 
 
 @torch.no_grad()
