@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,17 +21,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import Measurement, measure
+from benchmarks.measure import measure
 from benchmarks.peer_folders import activations, bits_per_weight, folder_losses, widen_scales
+from benchmarks.quantizing import cleaned, failure, quantized
 from benchmarks.store import once
 from crossbit.corpora import calibration_windows, evaluation_windows, load_text
-from crossbit.errors import CrossbitError, WorkError
+from crossbit.errors import CrossbitError
 from crossbit.evaluation.statistics import paired_loss, perplexity
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.source import resolve_model
 
 EVALUATION_LENGTH = 2048
-FLOAT_ENDS = ("embedding=null", "head=null", "evaluation.windows=0")
 
 
 @dataclass(frozen=True)
@@ -132,17 +130,6 @@ def peer_command(args: argparse.Namespace, method: str, setting: Setting) -> lis
     return f"benchmarks/peers/llmcompressor_gptq.py {how} {grid}".split()
 
 
-def cleaned(text: str) -> str:
-    """A message without the folders of this machine: of an absolute path, the last name."""
-    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)
-
-
-def failure(found: Measurement, log: Path) -> str:
-    """Exit code and last line of a log, which of a traceback is the message."""
-    lines = [line for line in log.read_text("utf8", "replace").splitlines() if line.strip()]
-    return f"exit {found.exit_code}: {cleaned(lines[-1] if lines else 'no output')}"
-
-
 def run_peer(args: argparse.Namespace, method: str, setting: Setting, out: Path) -> dict[str, Any]:
     """Quantize with a peer; {"failed": message} if it does not get through."""
     described, log = (out.with_name(f"{out.name}.{kind}") for kind in ("json", "log"))
@@ -170,27 +157,9 @@ def run_peer(args: argparse.Namespace, method: str, setting: Setting, out: Path)
 def run_ours(
     args: argparse.Namespace, recipe: str, settings: tuple[str, ...], out: Path
 ) -> dict[str, Any]:
-    """Quantize with crossbit, in a process of its own so that its memory is its own."""
-    budget = f"--samples {args.samples} --length {args.length} --seed 0"
-    changed = [word for setting in (*settings, *FLOAT_ENDS) for word in ("--set", setting)]
-    command = f"quantize demo --recipe {recipe} {budget}".split() + changed
-    program = str(Path(sys.executable).with_name("crossbit"))
-    log = out.with_name(f"{out.name}.log")
-    found = measure([program, *command, "--out", str(out)], log=log)
-    described = "crossbit " + " ".join(command)
-    if found.exit_code:
-        raise WorkError(f"{described}: {failure(found, log)}")
-    made = json.loads((out / "crossbit.json").read_text("utf8"))
-    return {
-        "command": described,
-        "kind": made["kind"],
-        "seconds": made["time"]["stages"]["quantize"],
-        "process_seconds": found.wall_seconds,
-        # The process goes on to verify in transformers, which the peers do not do.
-        "peak_rss": made["memory"]["stages"]["quantize"],
-        "scale_bits": None,
-        "load_before": found.load_before,
-    }
+    """Quantize with crossbit."""
+    made = quantized("demo", recipe, settings, args.samples, args.length, out)
+    return {**made, "scale_bits": None}
 
 
 def ids_file(args: argparse.Namespace) -> Path:

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from crossbit.models.source import resolve_model
 from crossbit.output import companions
 
 INTERVAL = 0.05
+SHARD_BYTES = 500_000_000
 CALIBRATION = ("--samples", "16", "--length", "512")
 RECIPES = (
     *("rtn-w4a16-g64", "gptq-w4a16-g64", "crossquant-w8a8"),
@@ -69,46 +70,56 @@ PREDICTED = {
 # -- the model ------------------------------------------------------------------------------------
 
 
-def synthetic(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A checkpoint of random weights with the demo's tokenizer; made once."""
+def model_folder(
+    folder: Path, config: Mapping[str, Any], write: Callable[[ShardWriter], None]
+) -> Path:
+    """A checkpoint of the tensors that ``write`` adds, with the demo's tokenizer; made once."""
     if (folder / "config.json").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    narrow = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    writer = ShardWriter(folder, 500_000_000)
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        values = torch.randn(rows, columns, generator=generator) * columns**-0.5
-        writer.add(name, values.to(torch.bfloat16))
-
-    def gain(name: str) -> None:
-        writer.add(name, torch.ones(width, dtype=torch.bfloat16))
-
-    matrix("model.embed_tokens.weight", config["vocab_size"], width)
-    for index in range(config["num_hidden_layers"]):
-        block = f"model.layers.{index}"
-        for name, rows, columns in (
-            ("self_attn.q_proj", width, width),
-            ("self_attn.k_proj", narrow, width),
-            ("self_attn.v_proj", narrow, width),
-            ("self_attn.o_proj", width, width),
-            ("mlp.gate_proj", inner, width),
-            ("mlp.up_proj", inner, width),
-            ("mlp.down_proj", width, inner),
-        ):
-            matrix(f"{block}.{name}.weight", rows, columns)
-        gain(f"{block}.input_layernorm.weight")
-        gain(f"{block}.post_attention_layernorm.weight")
-    gain("model.norm.weight")
-    matrix("lm_head.weight", config["vocab_size"], width)
+    writer = ShardWriter(folder, SHARD_BYTES)
+    write(writer)
     writer.close()
     for path in companions(resolve_model("demo").path):
         shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=1), "utf8")
     return folder
+
+
+def synthetic(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A checkpoint of random weights."""
+    generator = torch.Generator().manual_seed(0)
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    narrow = width // config["num_attention_heads"] * config["num_key_value_heads"]
+
+    def write(writer: ShardWriter) -> None:
+        def matrix(name: str, rows: int, columns: int) -> None:
+            values = torch.randn(rows, columns, generator=generator) * columns**-0.5
+            writer.add(name, values.to(torch.bfloat16))
+
+        def gain(name: str) -> None:
+            writer.add(name, torch.ones(width, dtype=torch.bfloat16))
+
+        matrix("model.embed_tokens.weight", config["vocab_size"], width)
+        for index in range(config["num_hidden_layers"]):
+            block = f"model.layers.{index}"
+            for name, rows, columns in (
+                ("self_attn.q_proj", width, width),
+                ("self_attn.k_proj", narrow, width),
+                ("self_attn.v_proj", narrow, width),
+                ("self_attn.o_proj", width, width),
+                ("mlp.gate_proj", inner, width),
+                ("mlp.up_proj", inner, width),
+                ("mlp.down_proj", width, inner),
+            ):
+                matrix(f"{block}.{name}.weight", rows, columns)
+            gain(f"{block}.input_layernorm.weight")
+            gain(f"{block}.post_attention_layernorm.weight")
+        gain("model.norm.weight")
+        matrix("lm_head.weight", config["vocab_size"], width)
+
+    return model_folder(folder, config, write)
 
 
 # -- running --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import crossbit
+from benchmarks.quantizing import FLOAT_ENDS
 from benchmarks.store import once
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
@@ -55,13 +56,7 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
         samples=table.samples,
         length=table.length,
         seed=seed,
-        settings=[
-            *table.settings,
-            *changes,
-            "embedding=null",
-            "head=null",
-            "evaluation.windows=0",
-        ],
+        settings=[*table.settings, *changes, *FLOAT_ENDS],
         overwrite=True,
     )
     found = crossbit.evaluate(str(out), text=args.text, windows=WINDOWS)["perplexity"]
