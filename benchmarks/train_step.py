@@ -46,10 +46,15 @@ class Window:
         settings: changes to the recipe.
         blocks: which.
         ahead: how many original blocks after them the output goes through.
+        share: of the sequences that do.
     """
 
     def __init__(
-        self, settings: tuple[str, ...], blocks: tuple[int, ...] = BLOCKS, ahead: int = 0
+        self,
+        settings: tuple[str, ...],
+        blocks: tuple[int, ...] = BLOCKS,
+        ahead: int = 0,
+        share: float = 1.0,
     ) -> None:
         self.blocks = blocks
         folder = resolve_model("demo").path
@@ -93,8 +98,8 @@ class Window:
         self.task = Task(
             blocks=trained,
             read=read,
-            loss=lambda outputs, targets: sum(
-                (reconstruction_loss(output, targets[0]) for output in outputs[::2]),
+            loss=lambda outputs, targets, _: sum(
+                (reconstruction_loss(o, targets[0][: o.shape[0]]) for o in outputs[::2]),
                 torch.zeros(()),
             ),
             fitting=torch.arange(SEQUENCES),
@@ -105,6 +110,7 @@ class Window:
             dtype=self.dtype,
             seed=0,
             ahead=[_frozen(job, blocks[-1] + 1 + n, LENGTH) for n in range(ahead)],
+            ahead_share=share,
         )
         self.optimiser = Optimiser(self.task)
 

@@ -322,6 +322,12 @@ RULES: tuple[Rule, ...] = (
         "end_to_end.hold keeps the codes, which the factors of let would change",
         "end_to_end.hold: false with let",
     ),
+    Rule(
+        lambda r: r.objective.ahead_share < 1 and not r.objective.ahead[0],
+        "objective.ahead_share leaves sequences without an error, for ahead puts no weight on the "
+        "window's own",
+        "a first weight above 0 in objective.ahead, or ahead_share: 1",
+    ),
 )
 
 

@@ -11,6 +11,7 @@ every tensor. Tokens pass in chunks: float32 exists for one of them at a time, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -99,6 +100,21 @@ def terms_ahead(weights: Sequence[float], left: int) -> tuple[float, ...]:
     while not found[-1]:
         found.pop()
     return tuple(found)
+
+
+def sequences_ahead(share: float, batch: int, step: int) -> int:
+    """How many sequences of a step's batch look ahead, so that ``share`` of all of them do.
+
+    Of a batch of one it is one at some steps and none at the others, evenly spread.
+
+    Args:
+        share: above 0, at most 1.
+        batch: sequences a step.
+        step: from 0.
+    """
+    # A share such as 0.1 is a little above or below what it says; ten times it is one.
+    first, last = (math.floor(n * share * batch + 1e-6) for n in (step, step + 1))
+    return last - first
 
 
 def homologous(

@@ -33,6 +33,8 @@ class Objective(Strict):
         ahead: weights of the errors after 0, 1, 2, ... more blocks of the original model, which
             stay as they are (Cross-layer Learning, CQE+, arXiv 2407.15508); [1] is no look-ahead,
             [1, 0, 1] looks two blocks ahead. Terms beyond the last block fall on it.
+        ahead_share: of the training sequences that look ahead, each standing for 1 / share of them;
+            those that judge all do.
     """
 
     window: int = Field(2, ge=1)
@@ -46,6 +48,7 @@ class Objective(Strict):
     temperature: float = Field(1.0, gt=0)
     logits: float = Field(0.0, ge=0)
     ahead: tuple[_Weight, ...] = (1.0,)
+    ahead_share: float = Field(1.0, gt=0, le=1)
 
     @field_validator("ahead")
     @classmethod

@@ -100,7 +100,7 @@ def plain(job: Job, work: WorkDir, reporter: Reporter) -> None:
         task = Task(
             blocks=[block],
             read=lambda numbers, x=x, y=y: (x[numbers], [y[numbers]]),  # type: ignore[misc]
-            loss=lambda outputs, targets: reconstruction_loss(outputs[0], targets[0]),
+            loss=lambda outputs, targets, _: reconstruction_loss(outputs[0], targets[0]),
             fitting=torch.arange(count - held),
             held=torch.arange(count - held, count),
             length=length,

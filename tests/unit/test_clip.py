@@ -178,7 +178,7 @@ def make_task(
     return Task(
         blocks=[block],
         read=lambda numbers: (x[numbers], [y[numbers]]),
-        loss=lambda outputs, targets: reconstruction_loss(outputs[0], targets[0]),
+        loss=lambda outputs, targets, _: reconstruction_loss(outputs[0], targets[0]),
         fitting=torch.arange(COUNT - HELD),
         held=torch.arange(COUNT - HELD, COUNT),
         length=LENGTH,
@@ -239,7 +239,7 @@ def test_it_pays_for_the_gradient_of_both_readers_once() -> None:
     x, (y,) = task.read(torch.arange(2))
     clip = clips_of([block])["clips/0/one"]
     with materialised([block], torch.float32, grad=True, clips=True), torch.enable_grad():
-        task.loss([block.run(x)], [y]).backward()  # type: ignore[no-untyped-call]
+        task.loss([block.run(x)], [y], 1.0).backward()  # type: ignore[no-untyped-call]
         assert clip.grad is not None
         found = float(clip.grad)
     assert clip.grad is None
@@ -247,7 +247,7 @@ def test_it_pays_for_the_gradient_of_both_readers_once() -> None:
     own = torch.ones((), requires_grad=True)
     quantized = per_token_clip_ste(x, own, CLIPPED)
     made = torch.cat([layer.first.dequantize() for _, layer in layers_of([block])])
-    task.loss([quantized @ made.t()], [y]).backward()
+    task.loss([quantized @ made.t()], [y], 1.0).backward()
     assert own.grad is not None
     assert found == pytest.approx(float(own.grad), rel=1e-4)
 
@@ -281,8 +281,10 @@ def test_a_window_that_did_not_get_better_has_its_factor_back() -> None:
         block = make_block(base=base)
         task = make_task(block)
 
-        def loss(outputs: list[Tensor], targets: list[Tensor], task: Task = task) -> Tensor:
-            value = task.loss(outputs, targets)
+        def loss(
+            outputs: list[Tensor], targets: list[Tensor], ahead: float, task: Task = task
+        ) -> Tensor:
+            value = task.loss(outputs, targets, ahead)
             # Held-out losses that rise with every step away from the start.
             return value if outputs[0].requires_grad else value * 0 + 2.0 - clip_of(block)  # noqa: B023
 
@@ -297,10 +299,10 @@ def test_what_returns_to_its_first_integers_is_not_clipped() -> None:
     task = make_task(block)
     judged = 0
 
-    def loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+    def loss(outputs: list[Tensor], targets: list[Tensor], ahead: float) -> Tensor:
         nonlocal judged
         if outputs[0].requires_grad:
-            return task.loss(outputs, targets)
+            return task.loss(outputs, targets, ahead)
         judged += 1  # twice a held-out loss: undecided, first integers, then after each epoch
         return torch.tensor((3.0, 1.0, 2.0)[min((judged - 1) // 2, 2)])
 

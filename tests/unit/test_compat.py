@@ -413,6 +413,15 @@ CASES += [
             {"solver": ROUNDING, "objective": {"ahead": [0.0, 1.0]}},
         ],
     ),
+    (
+        30,
+        {"solver": ROUNDING, "objective": {"ahead": [0.0, 1.0], "ahead_share": 0.5}},
+        ("objective.ahead", "ahead_share: 1"),
+        [
+            {"solver": ROUNDING, "objective": {"ahead": [1.0, 1.0], "ahead_share": 0.5}},
+            {"solver": ROUNDING, "objective": {"ahead": [0.0, 1.0]}},
+        ],
+    ),
 ]
 
 

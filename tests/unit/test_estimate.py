@@ -142,6 +142,10 @@ def test_looking_ahead_takes_blocks_streams_and_passes() -> None:
     assert {k: v for k, v in after.items() if k != "train"} == {
         k: v for k, v in before.items() if k != "train"
     }
+    half = description(recipe_of(*alone, "objective.ahead=[1,0,1]", "objective.ahead_share=0.5"))
+    shorter = after["train"]["forward"] - operations(half)["train"]["forward"]
+    assert shorter == pytest.approx(epochs * fitting * two.length * sum(map(flops, passed)))
+    assert peak_by_stage(one)["train"] < peak_by_stage(half)["train"] < peak_by_stage(two)["train"]
 
 
 def test_looking_less_far_is_proposed_where_it_would_fit() -> None:

@@ -84,7 +84,7 @@ def make_task(
     task = Task(
         blocks=blocks,
         read=lambda numbers: (x[numbers], [y[numbers]]),
-        loss=lambda outputs, targets: reconstruction_loss(outputs[0], targets[0]),
+        loss=lambda outputs, targets, _: reconstruction_loss(outputs[0], targets[0]),
         fitting=torch.arange(COUNT - HELD),
         held=torch.arange(COUNT - HELD, COUNT),
         length=LENGTH,
@@ -290,9 +290,9 @@ def spoilt(task: Task, when: Callable[[int], bool]) -> Loss:
     """The task's loss; training losses (from 0) that ``when`` names are not a number."""
     count = 0
 
-    def loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+    def loss(outputs: list[Tensor], targets: list[Tensor], ahead: float) -> Tensor:
         nonlocal count
-        value = task.loss(outputs, targets)
+        value = task.loss(outputs, targets, ahead)
         if outputs[0].requires_grad:
             count += 1
             if when(count - 1):
@@ -366,7 +366,7 @@ def test_a_rate_that_is_too_high_is_given_up() -> None:
 
 def test_a_start_that_is_not_finite_ends() -> None:
     task = make_task(make_blocks())
-    progress, _ = run(replace(task, loss=lambda outputs, targets: outputs[0].sum() * math.inf))
+    progress, _ = run(replace(task, loss=lambda outputs, targets, _: outputs[0].sum() * math.inf))
     assert not math.isfinite(progress.before)
     assert equal(hard(task.blocks), first(task.blocks))
     assert all("\n" not in event for event in progress.events)

@@ -115,7 +115,7 @@ def toy(choice: RoundingChoice, bits: int, seed: int) -> tuple[float, float]:
     task = Task(
         blocks=[block],
         read=lambda numbers: (x[numbers], [y[numbers]]),
-        loss=lambda found, wanted: reconstruction_loss(found[0], wanted[0], norm="mean") / power,
+        loss=lambda found, wanted, _: reconstruction_loss(found[0], wanted[0], norm="mean") / power,
         fitting=torch.arange(count),
         held=torch.arange(count, count + held),
         length=length,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +23,19 @@ from transformers import AutoModelForCausalLM
 
 import crossbit
 from crossbit.engine import window
-from crossbit.engine.fit import Progress, Task, fit
+from crossbit.engine.fit import Progress, Task, _loss, fit
 from crossbit.engine.job import Job
 from crossbit.engine.logits import hidden_logit_kl
 from crossbit.engine.originals import through_original
 from crossbit.engine.trained import layers_of, materialised
 from crossbit.errors import InputError
-from crossbit.objective import homologous, reconstruction_loss, terms_ahead
+from crossbit.objective import (
+    homologous,
+    reconstruction_loss,
+    sequences_ahead,
+    terms_ahead,
+)
+from crossbit.recipe import Training
 from crossbit.windows import Window
 
 # -- which terms there are ------------------------------------------------------------------------
@@ -95,6 +102,57 @@ def test_recipes_refuse_them_in_one_line(value: str, words: str) -> None:
     assert "\n" not in message
 
 
+# -- a share of the sequences ---------------------------------------------------------------------
+
+
+@given(st.integers(1, 20).map(lambda n: n / 20), st.integers(1, 8), st.integers(1, 60))
+def test_a_share_of_all_sequences_looks_ahead(share: float, batch: int, steps: int) -> None:
+    counts = [sequences_ahead(share, batch, step) for step in range(steps)]
+    assert sum(counts) == math.floor(share * batch * steps + 1e-6)
+    assert max(counts) <= math.ceil(share * batch - 1e-6) <= batch
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(("batch", "share"), [(1, 0.5), (1, 0.25), (2, 0.5), (4, 0.25), (4, 0.75)])
+@pytest.mark.parametrize("terms", [(1.0, 1.0), (0.5, 0.0, 2.0)])
+def test_the_objective_is_that_of_all(batch: int, share: float, terms: tuple[float, ...]) -> None:
+    """Of sequences that are alike, the mean over steps is the loss of looking ahead with all."""
+    found, steps = [], 4
+    x = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(0)).expand(batch, 5, 3)
+    went: list[int] = []
+
+    def ahead(hidden: Tensor) -> Tensor:
+        went.append(hidden.shape[0])
+        return hidden * 2
+
+    objective = SimpleNamespace(
+        norm="mean", kl=0.0, temperature=1.0, homologous=0.0, logits=0.0, metric="euclidean"
+    )
+    job: Any = SimpleNamespace(recipe=SimpleNamespace(objective=objective))
+    task = Task(
+        blocks=(),
+        read=lambda numbers: (x[: len(numbers)], [0 * x[: len(numbers)]] * len(terms)),
+        loss=window._loss(job, False, terms, [None] * len(terms)),
+        fitting=torch.arange(batch),
+        held=torch.arange(batch),
+        length=5,
+        settings=Training(batch=batch),
+        steps={},
+        dtype=torch.float32,
+        seed=0,
+        ahead=[ahead] * (len(terms) - 1),
+    )
+    for step in range(steps):
+        count = sequences_ahead(share, batch, step)
+        found.append(float(_loss(task, torch.arange(batch), count, share)))
+    assert sum(went) == share * batch * steps * (len(terms) - 1)
+    everything = float(_loss(task, torch.arange(batch), batch, 1.0))
+    assert sum(found) / steps == pytest.approx(everything, rel=1e-6)
+    power = float(x.square().mean())
+    wanted = sum(weight * 4**depth for depth, weight in enumerate(terms)) * power
+    assert everything == pytest.approx(wanted, rel=1e-6)
+
+
 # -- windows that are trained ---------------------------------------------------------------------
 
 
@@ -151,7 +209,7 @@ def watch(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 outputs = [block.run(outputs[0])]
             for run in task.ahead:
                 outputs.append(run(outputs[-1]))
-            loss = float(task.loss(outputs, targets))
+            loss = float(task.loss(outputs, targets, 1.0))
             divergence = math.nan
             if job.recipe.objective.logits and part.stop == BLOCKS:
                 divergence = float(hidden_logit_kl(job.shell, outputs[0], targets[0]))
@@ -284,6 +342,22 @@ def test_what_looks_no_block_ahead_is_the_window_itself(
         shutil.rmtree(tmp_path / "out")
     assert found["without"] == found["one"] == found["zeros"]
     assert found["later"] != found["without"]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_judges_looks_ahead_as_a_whole(batch: int, watch: Watch, tmp_path: Path) -> None:
+    """Half of the training sequences look ahead, of batches of one every other."""
+    ahead, training = [1.0, 0.0, 1.0], {"epochs": 2, "batch": batch}
+    objective = {**ALONE, "ahead": ahead}
+    one = watch(objective=objective, training=training)[:]
+    shutil.rmtree(tmp_path / "out")
+    half = watch(objective={**objective, "ahead_share": 0.5}, training=training)
+    assert [len(s.outputs) for s in half] == [3, 2, 1]
+    assert [len(s.outputs[-1]) for s in half] == [len(s.ids) for s in half]
+    assert half[0].loss == one[0].loss
+    assert half[0].progress.before == one[0].progress.before
+    assert half[0].progress.best < half[0].progress.before
+    assert half[0].progress.losses != one[0].progress.losses
 
 
 def test_nothing_of_it_is_left_in_the_work_folder(

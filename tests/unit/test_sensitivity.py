@@ -130,7 +130,9 @@ def test_the_loss_of_a_window_is_in_its_metrics(tmp_path: Path) -> None:
 
     def loss(job: Job) -> float:
         terms = (1.0, 1.0)
-        return float(_loss(job, False, terms, _metrics(job, work, window, 2))(outputs, targets))
+        return float(
+            _loss(job, False, terms, _metrics(job, work, window, 2))(outputs, targets, 1.0)
+        )
 
     def term(output: Tensor, target: Tensor) -> float:
         return float(reconstruction_loss(output, target, norm="token"))

@@ -67,7 +67,7 @@ def _advance(
         for start in range(0, count, batch):
             part = entering.read(start, start + batch, job.shell.device)
             out = job.shell.run_block(index, part, kwargs)
-            if not bool(torch.isfinite(out.sum())):
+            if not bool(torch.isfinite(out).all()):
                 raise WorkError(
                     f"block {index}: the quantized block's output is not finite; use more bits, "
                     "or --dtype float32"

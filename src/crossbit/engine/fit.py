@@ -22,6 +22,7 @@ from crossbit.engine.trained import (
     materialised,
     moving_of,
 )
+from crossbit.objective import sequences_ahead
 from crossbit.recipe import Training
 from crossbit.solvers.rounding import limit, pull_back
 from crossbit.solvers.rounding_state import EXPANSION, forget_moved
@@ -33,8 +34,8 @@ _STEPS = ("step", "low", "high")
 
 # sequence numbers -> input [B, L, D] and the targets [B, L, D] of its output
 Read = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-# what leaves the window and each block that looks ahead, targets -> scalar
-Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
+# what leaves the window and each block that looks ahead, targets, what errors ahead count -> scalar
+Loss = Callable[[list[Tensor], list[Tensor], float], Tensor]
 # blocks whose gradients are there: one step of what is trained in them
 Update = Callable[[Sequence[TrainedBlock]], None]
 
@@ -46,7 +47,8 @@ class Task:
     Attributes:
         blocks: in order.
         read: where batches come from.
-        loss: of the last block's output, and of those that look ahead.
+        loss: of the last block's output, and of those that look ahead: some of its sequences, or
+            all, the first ones.
         fitting: numbers int64 of the sequences to train on.
         held: numbers of those that judge.
         length: tokens of a sequence.
@@ -57,6 +59,7 @@ class Task:
         tokens: at most as many go through the blocks at once (a sequence at least).
         checkpointed: keep only what enters each block, and run it again for its gradient.
         ahead: original blocks after the window, frozen, that its output goes through.
+        ahead_share: of the sequences of training that go through them.
         ceiling: what the loss cannot exceed, None where it can grow without end.
     """
 
@@ -73,6 +76,7 @@ class Task:
     tokens: int = 4096
     checkpointed: bool = False
     ahead: Sequence[Callable[[Tensor], Tensor]] = ()
+    ahead_share: float = 1.0
     ceiling: float | None = None
 
     @property
@@ -375,16 +379,25 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
             if clip.grad is not None:
                 optimiser.update_clip(name, clip, factor)
 
-    return (_through_inputs if task.checkpointed else _at_once)(task, batch, update)
+    if task.checkpointed:
+        return _through_inputs(task, batch, update)
+    ahead = sequences_ahead(task.ahead_share, settings.batch, progress.done)
+    return _at_once(task, batch, update, min(ahead, batch.numel()))
 
 
-def _at_once(task: Task, batch: Tensor, update: Update) -> float:
-    """The batch's loss; ``update`` is called with the gradient at each layer's weight."""
+def _at_once(task: Task, batch: Tensor, update: Update, ahead: int) -> float:
+    """The batch's loss; ``update`` is called with the gradient at each layer's weight.
+
+    The first ``ahead`` sequences go through the blocks after the window too.
+    """
     value = 0.0
     with _leaves(task, task.blocks):
         for part in _parts(task, batch):
+            looking = min(ahead, part.numel())
+            ahead -= looking
             with torch.enable_grad():
-                loss = _loss(task, part) * (part.numel() / batch.numel())
+                loss = _loss(task, part, looking, task.ahead_share)
+                loss = loss * (part.numel() / batch.numel())
                 if loss.requires_grad:  # or no token reached an expert that is trained
                     loss.backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach())
@@ -410,7 +423,7 @@ def _through_inputs(task: Task, batch: Tensor, update: Update) -> float:
     for part, x, (_, targets) in zip(parts, states.pop(), read, strict=True):
         with torch.enable_grad():
             output = x.requires_grad_()
-            loss = task.loss([output], targets) * (part.numel() / batch.numel())
+            loss = task.loss([output], targets, 1.0) * (part.numel() / batch.numel())
             loss.backward()  # type: ignore[no-untyped-call]
         value += float(loss.detach())
         gradients.append(output.grad)
@@ -439,14 +452,18 @@ def _parts(task: Task, batch: Tensor) -> Sequence[Tensor]:
     return torch.split(batch, max(1, task.tokens // task.length))
 
 
-def _loss(task: Task, batch: Tensor) -> Tensor:
+def _loss(task: Task, batch: Tensor, ahead: int, share: float) -> Tensor:
+    """Of a batch whose first ``ahead`` sequences look ahead, and stand for 1 / ``share`` each."""
     x, targets = task.read(batch)
     for block in task.blocks:
         x = block.run(x)
     outputs = [x]
-    for run in task.ahead:
-        outputs.append(run(outputs[-1]))
-    return task.loss(outputs, targets)
+    if ahead:
+        x = x[:ahead]
+        for run in task.ahead:
+            x = run(x)
+            outputs.append(x)
+    return task.loss(outputs, targets, ahead / (batch.numel() * share))
 
 
 @torch.no_grad()
@@ -459,7 +476,7 @@ def held_out(task: Task, *, first: bool = False) -> float:
     total = 0.0
     with materialised(task.blocks, task.dtype, hard=True, first=first):
         for part in _parts(task, task.held):
-            total += float(_loss(task, part)) * part.numel()
+            total += float(_loss(task, part, part.numel(), 1.0)) * part.numel()
     return total / task.held.numel()
 
 

@@ -101,7 +101,7 @@ def _tune(
     if teacher is None:
         raise WorkError(f"{work.path}: the teacher's activations are missing; start afresh")
 
-    def loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+    def loss(outputs: list[Tensor], targets: list[Tensor], ahead: float) -> Tensor:
         return hidden_logit_kl(job.shell, outputs[0], targets[0], settings.temperature)
 
     job.shell.load_outside(job.checkpoint, job.dtype)

@@ -102,6 +102,7 @@ def train_window(
         settings=job.recipe.training,
         steps={name: trains_steps(job, name) for name, _ in layers_of(blocks)},
         ahead=[_frozen(job, window.stop + n, length) for n in range(len(terms) - 1)],
+        ahead_share=objective.ahead_share,
         ceiling=None if logits else _ceiling(objective, terms),
     )
     progress = train(work, window, task, reporter, interrupted)
@@ -125,6 +126,7 @@ def make_task(
     steps: dict[str, bool],
     checkpointed: bool = False,
     ahead: Sequence[Callable[[Tensor], Tensor]] = (),
+    ahead_share: float = 1.0,
     ceiling: float | None = None,
 ) -> Task:
     """What blocks are trained on, from files: see ``Task``.
@@ -135,7 +137,7 @@ def make_task(
         blocks: those, opened.
         entering: activations that enter the first.
         targets: what should leave the last.
-        loss, settings, steps, checkpointed, ahead, ceiling: of the task.
+        loss, settings, steps, checkpointed, ahead, ahead_share, ceiling: of the task.
     """
     count, held = entering.shape[0], job.held_out
 
@@ -159,6 +161,7 @@ def make_task(
         seed=job.recipe.calibration.seed * 65_537 + window.index,
         checkpointed=checkpointed,
         ahead=ahead,
+        ahead_share=ahead_share,
         ceiling=ceiling,
     )
 
@@ -232,15 +235,16 @@ def _loss(job: Job, logits: bool, terms: Sequence[float], metrics: Sequence[Tens
         "temperature": objective.temperature,
     }
 
-    def loss(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+    def loss(outputs: list[Tensor], targets: list[Tensor], ahead: float) -> Tensor:
         parts = []
-        for depth, (weight, output) in enumerate(zip(terms, outputs, strict=True)):
+        # Where no sequence looks ahead there is one output.
+        for depth, (weight, output) in enumerate(zip(terms, outputs, strict=False)):
             if not weight:
                 continue
             if depth:
-                found = reconstruction_loss(
-                    output, targets[depth], metric=metrics[depth], **options
-                )
+                weight *= ahead
+                target = targets[depth][: output.shape[0]]
+                found = reconstruction_loss(output, target, metric=metrics[depth], **options)
             else:  # the last target is the homologous one, if that has a weight
                 share = objective.homologous
                 last = targets[-1]

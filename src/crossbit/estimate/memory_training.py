@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from crossbit.engine.fit import Task
@@ -151,7 +152,9 @@ def training(d: Description) -> float:
     for window in d.schedule:
         blocks = [d.blocks[i] for i in window.blocks]
         ahead = d.ahead(window)
-        held, looking = _looking(d, ahead, tokens)
+        # Micro-batches may be smaller than a batch, and all of one look ahead.
+        most = math.ceil(d.recipe.objective.ahead_share * d.recipe.training.batch)
+        held, looking = _looking(d, ahead, min(tokens, most * d.length))
         alive = sum(_live(d, b) for b in blocks)
         layers = [layer for b in blocks for layer in b.planned]
         # Materialised weights and their gradients; Adam's two moments.

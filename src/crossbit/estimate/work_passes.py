@@ -47,7 +47,7 @@ def read_ends(work: defaultdict[str, float], d: Description, times: int = 1) -> 
 
 
 def run_and_return(
-    work: defaultdict[str, float], d: Description, block: BlockShape, sequences: int
+    work: defaultdict[str, float], d: Description, block: BlockShape, sequences: float
 ) -> None:
     """Sequences through a frozen block, and gradients back through it to its input."""
     tokens = float(sequences) * d.length

@@ -85,7 +85,8 @@ def count_training(d: Description, counts: Mapping[str, defaultdict[str, float]]
             run_through(work, "forward", d, block, d.samples, d.length)
             work["write"] += stream
             run_through(work, "forward", d, block, (training.epochs + 1) * d.held, d.length)
-            run_and_return(work, d, block, training.epochs * fitting)
+            share = d.recipe.objective.ahead_share
+            run_and_return(work, d, block, training.epochs * fitting * share)
         if d.recipe.objective.logits and window.stop == len(d.blocks):
             read_ends(work, d)
             _divergence(d, work, training.epochs * fitting, training.epochs + 1)
