@@ -12,41 +12,35 @@ from __future__ import annotations
 
 from benchmarks.rows import Rows, Table, run
 
-BASES = (
-    "omniquant-w4a4",
-    "omniquant-w4a4-channel",
-    "duquant-w4a4",
-    "duquant-w4a4-channel",
-    "prefixquant-w4a4",
-    "prefixquant-w4a4-channel",
-    "omniquant-w3a16",
-    "omniquant-w2a16",
-)
-ADDONS = ("", "+sde", "+cl", "+sde+cl")
+BASES = ("omniquant-w2a16", "omniquant-w3a16", "omniquant-w4a4", "duquant-w4a4", "prefixquant-w4a4")
 PARTS = "omniquant-w2a16"
+WEIGHTS = ("solver.parameter=full", "solver.reach=100")
 
 
 def _wide(kind: str, width: int) -> tuple[str, ...]:
     return (f"solver.expansion={{kind: {kind}, width: {width}}}",)
 
 
+# What the add-ons are worth comes first, then the parts, on 2-bit weights, where they have the most
+# to do, then the weights themselves, trained with the same budget.
 ROWS: Rows = {
-    **{f"{base}{addon}": (f"{base}{addon}", ()) for base in BASES for addon in ADDONS},
-    # The parts, on 2-bit weights, where they have the most to do.
+    **{f"{base}{addon}": (f"{base}{addon}", ()) for base in BASES for addon in ("", "+sde+cl")},
+    f"{PARTS}+sde": (f"{PARTS}+sde", ()),
+    f"{PARTS}+cl": (f"{PARTS}+cl", ()),
+    f"{PARTS} all weights": (PARTS, WEIGHTS),
+    f"{PARTS} all weights+cl": (f"{PARTS}+cl", WEIGHTS),
     f"{PARTS}+lsi": (f"{PARTS}+lsi", ()),
     **{f"{PARTS} band {k}": (PARTS, _wide("band", k)) for k in (2, 4, 16, 32)},
-    f"{PARTS} blocks 16": (PARTS, _wide("blocks", 16)),
-    f"{PARTS} square 128": (PARTS, _wide("square", 128)),
-    f"{PARTS} all of B": (PARTS, _wide("full", 0)),
     f"{PARTS} ahead 1,1,1": (PARTS, ("objective.ahead=[1, 1, 1]",)),
     f"{PARTS} ahead 0,0,1": (PARTS, ("objective.ahead=[0, 0, 1]",)),
-    f"{PARTS} ahead 1,1": (PARTS, ("objective.ahead=[1, 1]",)),
-    # The weights themselves, trained with the same budget.
-    f"{PARTS} all weights": (PARTS, ("solver.parameter=full", "solver.reach=100")),
-    f"{PARTS} all weights+cl": (
-        f"{PARTS}+cl",
-        ("solver.parameter=full", "solver.reach=100"),
-    ),
+    f"{PARTS}+cl half": (f"{PARTS}+cl", ("objective.ahead_share=0.5",)),
+    # The other bases with one add-on alone, and W4A4 with a scale a channel.
+    **{f"{base}{addon}": (f"{base}{addon}", ()) for base in BASES[1:] for addon in ("+sde", "+cl")},
+    **{
+        f"{base}-channel{addon}": (f"{base}-channel{addon}", ())
+        for base in BASES[2:]
+        for addon in ("", "+sde+cl")
+    },
 }
 BUDGET = (
     "training.epochs=4",
