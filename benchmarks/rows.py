@@ -1,6 +1,7 @@
 """Tables of recipes and changes: a row is quantized, evaluated on a text, and removed.
 
-One result a row and seed, so that a stopped benchmark goes on where it was.
+One result a row and seed, so that a stopped benchmark goes on where it was: in the middle of a row
+too, from what its work folder holds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import crossbit
 from benchmarks.quantizing import FLOAT_ENDS
 from benchmarks.store import once
+from crossbit.errors import CrossbitError
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 WINDOWS = 40
@@ -31,9 +33,10 @@ class Table:
     Attributes:
         name: of the table, the beginning of its results' names.
         rows: its rows.
-        samples, length: calibration sequences and their tokens.
+        samples, length: calibration sequences and their tokens, unless a row says otherwise.
         settings: of every row.
         model: that is quantized.
+        long: rows that take hours, and are run only when they are named.
     """
 
     name: str
@@ -42,23 +45,37 @@ class Table:
     length: int
     settings: tuple[str, ...] = ()
     model: str = "demo"
+    long: tuple[str, ...] = ()
+
+
+def result_name(table: str, row: str, seed: int) -> str:
+    """The name of a row's result, and of its folder while it is made."""
+    return f"{table}-{re.sub(r'[^a-z0-9.+]+', '-', row.lower()).strip('-')}-seed{seed}"
 
 
 def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict[str, Any]:
     """Quantize, evaluate the folder, remove it."""
     preset, changes = table.rows[row]
-    out: Path = args.work / table.name
-    shutil.rmtree(out, ignore_errors=True)
-    made = crossbit.quantize(
+    out: Path = args.work / result_name(table.name, row, seed)
+    work = out.with_name(f"{out.name}.crossbit-work")
+    budget = (f"calibration.samples={table.samples}", f"calibration.length={table.length}")
+    quantize = partial(
+        crossbit.quantize,
         table.model,
         preset,
         out=out,
-        samples=table.samples,
-        length=table.length,
         seed=seed,
-        settings=[*table.settings, *changes, *FLOAT_ENDS],
-        overwrite=True,
+        settings=[*budget, *table.settings, *changes, *FLOAT_ENDS],
     )
+    resumed = work.exists()
+    try:
+        made = quantize(resume=True)
+    except CrossbitError:
+        if not resumed:
+            raise
+        # Of another version, or damaged: none of it is used.
+        shutil.rmtree(work)
+        resumed, made = False, quantize(overwrite=True)
     found = crossbit.evaluate(str(out), text=args.text, windows=WINDOWS)["perplexity"]
     shutil.rmtree(out)
     return {
@@ -68,8 +85,9 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
         "recipe": preset,
         "kind": made["kind"],
         "settings": [*table.settings, *changes],
-        "samples": table.samples,
-        "length": table.length,
+        "samples": made["recipe"]["calibration"]["samples"],
+        "length": made["recipe"]["calibration"]["length"],
+        "resumed": resumed,
         "losses": found["losses"],
         "perplexity": found["value"],
         "stderr": found["stderr"],
@@ -96,11 +114,11 @@ def run(table: Table, doc: str | None) -> None:
         f"crossbit evaluate {table.model} --windows {WINDOWS}",
         lambda: crossbit.evaluate(table.model, text=args.text, windows=WINDOWS)["perplexity"],
     )["losses"]
+    usual = [row for row in table.rows if row not in table.long]
     for seed in map(int, args.seeds.split(",")):
-        for row in args.only.split(";") if args.only else table.rows:
-            name = re.sub(r"[^a-z0-9.+]+", "-", row.lower()).strip("-")
+        for row in args.only.split(";") if args.only else usual:
             found = once(
-                f"{table.name}-{name}-seed{seed}",
+                result_name(table.name, row, seed),
                 f"python -m benchmarks.{table.name}",
                 partial(measure, args, table, row, seed),
             )

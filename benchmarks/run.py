@@ -24,6 +24,7 @@ def main() -> None:
         steps.append(["gptq_peer", *common, "--peer", args.peer])
     steps += [["plan_accuracy", "--work", args.work], ["scaling", "--work", args.work]]
     steps += [["train_step"], ["cqe_cost"], ["ablation", *common], ["cqe", *common]]
+    steps.append(["second", *common, "--seeds", "0"])
     if args.peer:
         steps.append(["low_bits", *common, "--peer", args.peer])
     steps.append(["tables"])

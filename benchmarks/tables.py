@@ -12,6 +12,8 @@ from typing import Any
 
 from benchmarks.ablation import ROWS as ABLATION
 from benchmarks.cqe import ROWS as CQE
+from benchmarks.second import MODEL as SECOND_MODEL
+from benchmarks.second import ROWS as SECOND
 from benchmarks.tables_cost import cost, cqe_cost, plan, scaling, training_step
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
@@ -179,11 +181,15 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def parts(
-    results: dict[str, dict[str, Any]], table: str, rows: Iterable[str], heading: list[str]
+    results: dict[str, dict[str, Any]],
+    table: str,
+    rows: Iterable[str],
+    heading: list[str],
+    model: str = "demo",
 ) -> list[str]:
     """A table of ``benchmarks.rows``: every seed that was run, the rows in their order."""
     found = [r for name, r in results.items() if name.startswith(f"{table}-") and "row" in r]
-    original = results.get("demo-original-40")
+    original = results.get(f"{model}-original-40")
     if not found or original is None:
         return []
     known: dict[str, list[dict[str, Any]]] = {}
@@ -227,11 +233,24 @@ def cqe(results: dict[str, dict[str, Any]]) -> list[str]:
         "### What CQE+ adds",
         "",
         "SmolLM2-135M-Instruct, embedding and head in bf16, 64 x 512 tokens of the embedded text,",
-        "4 epochs; WikiText-2 raw test, 40 windows of 2048, stored integers (`python -m",
-        "benchmarks.cqe`). Rows of kind online run in crossbit's own loader. A row that is not",
-        "listed was not run; seconds are indicative, as the machine was not always idle.",
+        "4 epochs unless a row says otherwise; WikiText-2 raw test, 40 windows of 2048, stored",
+        "integers (`python -m benchmarks.cqe`). Rows of kind online run in crossbit's own loader.",
+        "A row that is not listed was not run; seconds are indicative, as the machine was not",
+        "always idle.",
     ]
     return parts(results, "cqe", CQE, heading)
+
+
+def second(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The best recipes on the second model."""
+    heading = [
+        "### A second model",
+        "",
+        "Gemma-3-270M (dequantized from GGUF Q4_K_M), embedding and head in bf16, 64 x 512 tokens",
+        "of the embedded text; WikiText-2 raw test, 40 windows of 2048, stored integers (`python",
+        "-m benchmarks.second`). A row that is not listed was not run.",
+    ]
+    return parts(results, "second", SECOND, heading, SECOND_MODEL)
 
 
 def verified(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -346,6 +365,7 @@ def main() -> None:
         *low_bits(results),
         *ablation(results),
         *cqe(results),
+        *second(results),
         *training_step(results),
         *cqe_cost(results),
         *cost(results),
