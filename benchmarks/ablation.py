@@ -40,6 +40,11 @@ ROWS: Rows = {
     "metric of the predictions": ("cbq-w4a16", ("objective.metric=fisher",)),
     "norms": ("cbq-w4a16", ("norms=true",)),
     "end to end": ("cbq-w4a16", ("end_to_end.epochs=1",)),
+    # What the other methods have, on top.
+    "look-ahead of two": ("cbq-w4a16+cl", ()),
+    "expansion": ("cbq-w4a16+sde", ()),
+    "rotated": ("cbq-w4a16+rotate", ()),
+    "AWQ's scales": ("cbq-w4a16", ("transforms=[{kind: awq_scale}]",)),
 }
 
 

@@ -90,6 +90,7 @@ OURS: dict[str, _Methods] = {
         "rtn": ("rtn-w4a8-g64", ()),
         "crossquant": ("crossquant-w4a8-g64", ()),
         "cbq": ("cbq-w4a8", ()),
+        "cbq-no-crossquant": ("cbq-w4a8", ("activations={bits: 8}", "transforms=[]")),
     },
     "w4a4-g64": {
         "rtn": ("rtn-w4a8-g64", _A4),
