@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from crossbit.engine import loop
+from crossbit.errors import WorkError
 from crossbit.runtime import attention as seam
+from crossbit.runtime.attention import calibrating
 from crossbit.runtime.causal_attention import causal_attention, is_fast
 
 
@@ -99,13 +103,16 @@ def _module(causal: bool = True) -> nn.Module:
     [
         ({}, True),
         ({"grad": False}, False),
+        ({"grad": False, "calibrating": True}, True),
+        ({"grad": False, "calibrating": True, "causal": False}, False),
+        ({"dtype": torch.float32, "calibrating": True}, False),
         ({"dtype": torch.float32}, False),
         ({"mask": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}, False),
         ({"causal": False}, False),
         ({"kwargs": {"dropout": 0.1}}, False),
     ],
 )
-def test_only_where_gradients_are_wanted(
+def test_only_for_gradients_and_calibration(
     what: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[Any, ...]] = []
@@ -119,7 +126,8 @@ def test_only_where_gradients_are_wanted(
     q.requires_grad_(what.get("grad", True))
     module = _module(what.get("causal", True))
     kwargs = {"scaling": 0.25, **what.get("kwargs", {})}
-    out, _ = seam.attention(module, q, k, v, what.get("mask"), **kwargs)
+    with calibrating() if what.get("calibrating") else nullcontext():
+        out, _ = seam.attention(module, q, k, v, what.get("mask"), **kwargs)
     assert out.shape == (1, 8, 4, 16)
     assert bool(calls) == taken
     plain, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, what.get("mask"), **kwargs)
@@ -127,6 +135,22 @@ def test_only_where_gradients_are_wanted(
         assert torch.allclose(out.float(), plain.float(), atol=3e-2)
     elif "dropout" not in kwargs:
         assert torch.equal(out, plain)
+
+
+def test_blocks_are_quantized_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing after them is, should they fail too."""
+    seen: list[bool] = []
+
+    def run(*_: Any) -> None:
+        seen.append(seam._calibrating.get())
+        raise WorkError("no")
+
+    monkeypatch.setattr(loop, "_run_blocks", run)
+    nothing: Any = None
+    with pytest.raises(WorkError):
+        loop.run_blocks(nothing, nothing, nothing)
+    assert seen == [True]
+    assert not seam._calibrating.get()
 
 
 def test_not_for_other_shapes() -> None:

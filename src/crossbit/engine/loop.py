@@ -34,12 +34,18 @@ from crossbit.engine.window import (
 )
 from crossbit.engine.workdir import TARGET, WorkDir, stream_name, teacher_name, window_name
 from crossbit.errors import WorkError
+from crossbit.runtime.attention import calibrating
 from crossbit.solvers.rounding import reenter
 from crossbit.windows import Window
 
 
 def run_blocks(job: Job, work: WorkDir, reporter: Reporter) -> None:
     """Quantize every block that the work folder does not hold yet."""
+    with calibrating():
+        _run_blocks(job, work, reporter)
+
+
+def _run_blocks(job: Job, work: WorkDir, reporter: Reporter) -> None:
     if job.recipe.trains:
         _run_windows(job, work, reporter)
         return

@@ -116,18 +116,19 @@ class Probe:
         x = self.normal(count, length, self.d.width).to(self.dtype)
         with torch.no_grad():
             taken = best(lambda: block(x, **kwargs))
-        found["attention"] = self._attention(length)
-        attending = found["attention"] * attention(self.d, length)
+        masked = self.d.recipe.prefix is not None or any(
+            name.endswith("mask") and isinstance(x, Tensor) for name, x in kwargs.items()
+        )
+        found["evaluated"] = self._evaluated(length)
+        found["attention"] = self._attention(length, masked)
+        attending = found["evaluated"] * attention(self.d, length)
         tokens = count * length
         # At least a tenth, should the two have been measured under different loads.
         found["forward"] = max(taken / tokens - attending, 0.1 * taken / tokens) / flops(shape)
         found["quantized"] = found["forward"] * self._quantized(tokens)
         if "trained" in kinds:
             taken = self._trained(block, x[:1], kwargs) / length
-            masked = any(
-                name.endswith("mask") and isinstance(x, Tensor) for name, x in kwargs.items()
-            )
-            found["attended"] = self._attended(length, masked or self.d.recipe.prefix is not None)
+            found["attended"] = self._attended(length, masked)
             taken = max(taken - found["attended"] * attention(self.d, length), 0.1 * taken)
             found["trained"] = taken / flops(shape)
         return found
@@ -145,7 +146,15 @@ class Probe:
         shape = (1, self.d.heads, length, self.d.head_width)
         return (self.normal(*shape).to(self.dtype) for _ in range(3))
 
-    def _attention(self, length: int) -> float:
+    def _attention(self, length: int, masked: bool) -> float:
+        """In calibration."""
+        q, k, v = self._heads(length)
+        if masked or self.d.eager or not is_fast(q, k, v):
+            return self._evaluated(length)
+        taken = best(lambda: causal_attention(q, k, v, 1.0))
+        return taken / (length * attention(self.d, length))
+
+    def _evaluated(self, length: int) -> float:
         q, k, v = self._heads(length)
         taken = best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return taken / (length * attention(self.d, length))

@@ -3,7 +3,7 @@
 forward      flops of a block's products without gradients, in the dtype of computation
 quantized    the same with quantized inputs
 trained      flops of a forward pass that a backward pass follows (both together)
-attention    flops of causal attention, forward
+attention    flops of causal attention, forward; ``evaluated``: of that in evaluation
 attended     the same where a backward pass follows (both together)
 float32      flops of large float32 products; ``judge``: of those in a search
 thin         flops of rank updates in GPTQ
@@ -74,6 +74,7 @@ KINDS = (
         "quantized",
         "trained",
         "attention",
+        "evaluated",
         "attended",
         "float32",
         "judge",
@@ -318,8 +319,8 @@ def _evaluate(d: Description, work: defaultdict[str, float], characters: int) ->
     work["characters"] += characters
     work["load"] += d.parameters
     for block in d.blocks:
-        run_through(work, "forward", d, block, d.windows, d.window_length)
-        run_through(work, kind_of(block), d, block, d.windows, d.window_length)
+        for kind in ("forward", kind_of(block)):
+            run_through(work, kind, d, block, d.windows, d.window_length, "evaluated")
         work["release"] += 2
         work["unpack"] += 2 * sum(layer.weights for layer in block.planned)
     work["unpack"] += sum(e.weights for e in (d.embedding, d.head) if e and e.stored is not None)

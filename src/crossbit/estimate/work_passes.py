@@ -24,12 +24,12 @@ def run_through(
     block: BlockShape,
     sequences: int,
     length: int,
+    attending: str = "attention",
 ) -> None:
     """Sequences through a block."""
     tokens = float(sequences) * length
     work[kind] += tokens * flops(block)
-    attending = "attended" if kind == "trained" else "attention"
-    work[attending] += tokens * attention(d, length)
+    work["attended" if kind == "trained" else attending] += tokens * attention(d, length)
 
 
 def read_block(work: defaultdict[str, float], block: BlockShape, times: int = 1) -> None:

@@ -3,9 +3,10 @@
 One seam for calibration, evaluation and generation. ``register`` makes "crossbit" an attention
 implementation of transformers; a model opened with it computes what "sdpa" computes, bit for bit,
 until ``attach`` gives one of its attention modules an ``AttentionChange``. Where gradients are
-wanted on a CPU and no mask says more than causal, as a prefix or a sliding window would, it takes a
-faster way to nearly the same (``causal_attention``). Models with soft-capped scores (Gemma-2) run
-as "eager" only in transformers, and are computed here as "eager" does.
+wanted on a CPU, or within ``calibrating``, and no mask says more than causal, as a prefix or a
+sliding window would, it takes a faster way to nearly the same (``causal_attention``). Models with
+soft-capped scores (Gemma-2) run as "eager" only in transformers, and are computed here as "eager"
+does.
 
 Order of the changes, for queries [B, H, L, D], keys and values [B, Hkv, K, D] after RoPE:
 rotate queries and keys; quantize keys and values; put the prefix in front, unquantized.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -41,6 +43,22 @@ Rotation = Callable[[Tensor], Tensor]
 _STATE = "crossbit_attention"  # attributes of an attention module
 _RECORD = "crossbit_recorded_kv"
 _STORED = "crossbit_stored"  # attribute of a tensor that a cache has already rotated and quantized
+
+
+_calibrating: ContextVar[bool] = ContextVar("calibrating", default=False)
+
+
+@contextmanager
+def calibrating() -> Iterator[None]:
+    """Within it, passes of text through blocks attend as training does, gradients or not.
+
+    What a block is compared with and what it is trained to give then come from the same products.
+    """
+    token = _calibrating.set(True)
+    try:
+        yield
+    finally:
+        _calibrating.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +281,7 @@ def attention(
             value = _prepend(change.prefix_value, value)
     if kwargs.get("softcap") is not None:
         return _softcapped(module, query, key, value, attention_mask, **kwargs), None
-    if _trained(module, query, key, value, attention_mask, kwargs):
+    if _fast(module, query, key, value, attention_mask, kwargs):
         scale = _scale(query, kwargs.get("scaling"))
         return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -271,7 +289,7 @@ def attention(
     return found
 
 
-def _trained(
+def _fast(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -279,10 +297,10 @@ def _trained(
     mask: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """True if gradients are wanted of plain causal attention, and ours is the faster way there."""
+    """True if plain causal attention is for gradients or calibration, and ours the faster way."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     return (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in (query, key, value))
+        (wanted or _calibrating.get())
         and mask is None
         and _is_causal(module, kwargs)
         and not kwargs.get("dropout")

@@ -1,10 +1,11 @@
-"""Causal attention in bfloat16 on CPUs, with its gradient: what training spends half its time in.
+"""Causal attention in bfloat16 on CPUs, with its gradient, for training and calibration.
 
 torch's fused kernel keeps scores in float32 and works through them in tiles; on a CPU with bfloat16
 products its backward pass runs at a fraction of their speed. Here a few heads and rows of scores
 are made at a time, small enough for the cache, by plain matrix products: 2 to 2.5 times as fast
 forward and backward. Scores are rounded to bfloat16 on the way, after what is common to all of a
-query's is taken out, so it is for gradients, not for evaluation.
+query's is taken out, so it is for gradients and for what they are taken against, not for
+evaluation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SCORES = 1 << 20  # scores at once: with their gradients, what a cache holds
 
 
 def is_fast(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """True if ``causal_attention`` is the faster way to a gradient for these tensors."""
+    """True if ``causal_attention`` is the faster way for these tensors."""
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
