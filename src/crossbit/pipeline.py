@@ -130,6 +130,11 @@ def quantize(
     output = OutputFolder(Path(out), Path(work) if work else None)
     output.check(overwrite=overwrite, resume=resume)
     check_device(device)
+    if device != "cpu" and chosen.trains:
+        raise InputError(
+            f"--device {device}: recipe {chosen.name} trains, which runs on the CPU; "
+            "leave out --device"
+        )
     folder = resolve_model(
         model, revision=revision, dtype=dtype, dequantize=dequantize, allow_pickle=allow_pickle
     )

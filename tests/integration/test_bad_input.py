@@ -19,6 +19,8 @@ from tests.model_folders import save_folder, tiny_tokenizer, write_gguf
 from tests.running import Cli, short_run
 from tests.tiny import tiny_folder
 
+import crossbit
+from crossbit.errors import InputError
 from crossbit.models.checkpoint import scan_finite
 
 
@@ -422,3 +424,12 @@ def test_device_and_dtype(cli: Cli, source: Path, tmp_path: Path, command: str) 
     if command != "verify":
         message = cli(command, source, *more.get(command, []), "--dtype", "int3").refusal
         assert "float32, bfloat16, float16" in message
+
+
+def test_training_is_refused_elsewhere_than_on_the_cpu(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crossbit.pipeline.check_device", lambda _: None)  # as if there were one
+    with pytest.raises(InputError, match=r"recipe cbq-w4a16 trains, which runs on the CPU"):
+        crossbit.quantize(str(source), "cbq-w4a16", out=tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ _STEPS = ("step", "low", "high")
 
 # sequence numbers -> input [B, L, D] and the targets [B, L, D] of its output
 Read = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-# what leaves the window and each block that looks ahead, targets, what errors ahead count -> scalar
+# what leaves the window and each block ahead, targets, a factor of the errors ahead -> scalar
 Loss = Callable[[list[Tensor], list[Tensor], float], Tensor]
 # blocks whose gradients are there: one step of what is trained in them
 Update = Callable[[Sequence[TrainedBlock]], None]
