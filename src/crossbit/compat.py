@@ -435,9 +435,11 @@ def _check_outside_overrides(
 def warnings(recipe: Recipe, structure: ModelStructure) -> list[str]:
     """What the user should know before the run; also kept in the report."""
     notes = []
-    if not recipe.trains and (recipe.objective, recipe.training) != (Objective(), Training()):
+    trained = (recipe.objective, recipe.training, recipe.end_to_end)
+    if not recipe.trains and trained != (Objective(), Training(), None):
         notes.append(
-            "objective and training change nothing: no layer has a solver of kind rounding"
+            "objective, training and end_to_end change nothing: no layer has a solver of kind "
+            "rounding"
         )
     if recipe.objective.metric == "fisher" and recipe.objective.norm in ("sum", "mean"):
         notes.append(

@@ -523,6 +523,7 @@ def test_presets_suit_dense_models_and_experts(name: str, family: str) -> None:
             "llama",
             "use norm bounded or token",
         ),
+        ({"end_to_end": {}}, "llama", "end_to_end change nothing"),
     ],
 )
 def test_warnings(data: dict[str, Any], family: str, expected: str) -> None:
