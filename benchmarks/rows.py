@@ -18,7 +18,6 @@ from typing import Any
 import crossbit
 from benchmarks.quantizing import FLOAT_ENDS
 from benchmarks.store import once
-from crossbit.errors import CrossbitError
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 WINDOWS = 40
@@ -59,23 +58,16 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
     out: Path = args.work / result_name(table.name, row, seed)
     work = out.with_name(f"{out.name}.crossbit-work")
     budget = (f"calibration.samples={table.samples}", f"calibration.length={table.length}")
-    quantize = partial(
-        crossbit.quantize,
+    resumed = work.exists()
+    # Work that is refused stays where it is: the message says what to do, and it may be hours.
+    made = crossbit.quantize(
         table.model,
         preset,
         out=out,
         seed=seed,
         settings=[*budget, *table.settings, *changes, *FLOAT_ENDS],
+        resume=True,
     )
-    resumed = work.exists()
-    try:
-        made = quantize(resume=True)
-    except CrossbitError:
-        if not resumed:
-            raise
-        # Of another version, or damaged: none of it is used.
-        shutil.rmtree(work)
-        resumed, made = False, quantize(overwrite=True)
     found = crossbit.evaluate(str(out), text=args.text, windows=WINDOWS)["perplexity"]
     shutil.rmtree(out)
     return {
