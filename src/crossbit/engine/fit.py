@@ -382,13 +382,13 @@ def _step(task: Task, optimiser: Optimiser, progress: Progress, total: int) -> f
     if task.checkpointed:
         return _through_inputs(task, batch, update)
     ahead = sequences_ahead(task.ahead_share, settings.batch, progress.done)
-    return _at_once(task, batch, update, min(ahead, batch.numel()))
+    return _at_once(task, batch, update, ahead)
 
 
 def _at_once(task: Task, batch: Tensor, update: Update, ahead: int) -> float:
     """The batch's loss; ``update`` is called with the gradient at each layer's weight.
 
-    The first ``ahead`` sequences go through the blocks after the window too.
+    Its first ``ahead`` sequences, or all, go through the blocks after the window too.
     """
     value = 0.0
     with _leaves(task, task.blocks):

@@ -45,7 +45,7 @@ def through_original(
         name: of the new stream.
         held: only the held-out sequences.
     """
-    block = job.shell.load_block(index, job.checkpoint, job.dtype)
+    job.shell.load_block(index, job.checkpoint, job.dtype)
     job.checkpoint.close()
     count, length = entering.shape[:2]
     first = count - job.held_out if held else 0
@@ -53,7 +53,7 @@ def through_original(
     batch = batch_of(length)
     with work.writer(name, (count - first, *entering.shape[1:]), entering.dtype) as writer:
         for start in range(first, count, batch):
-            out = block(entering.read(start, start + batch, job.shell.device), **kwargs)
-            writer.append(out[0] if isinstance(out, tuple) else out)
+            part = entering.read(start, start + batch, job.shell.device)
+            writer.append(job.shell.run_block(index, part, kwargs))
         job.shell.free_block(index)
         return writer.commit()
