@@ -234,6 +234,15 @@ class QTensor:
         """Float32 values [N, K]."""
         return dequantize(self.codes, self.scale, self.zero_point, self.grid)
 
+    def rows(self, start: int, stop: int) -> QTensor:
+        """Output channels ``start`` to ``stop``; a scale of the whole tensor stays as it is."""
+
+        def cut(x: Tensor) -> Tensor:
+            return x if x.shape[0] == 1 else x[start:stop]
+
+        zero_point = None if self.zero_point is None else cut(self.zero_point)
+        return QTensor(self.codes[start:stop], cut(self.scale), zero_point, self.grid)
+
     @property
     def bits_per_weight(self) -> float:
         """Bits a weight in storage, scales and packed zero points included."""

@@ -13,7 +13,9 @@ Each check is a row with a measured value and its bound:
 Research and online folders do something at run time that only crossbit does: there our own model is
 compared with the record, and transformers must refuse the folder (row "refused").
 
-Only one whole model is in memory at a time; layers are compared as the forward pass reaches them.
+Ours is run block by block. The other library's is in memory as it is stored, and its linear layers
+are made dense, compared and dropped as the forward pass reaches them (but not where it can only
+make all of them dense while it loads: packed integers with zero points).
 """
 
 from __future__ import annotations
@@ -27,20 +29,19 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossbit.device import check_device
 from crossbit.engine.progress import release_memory
 from crossbit.errors import InputError
 from crossbit.export.comparison import Check, LayerComparison, compare_experts, some
 from crossbit.export.fingerprint import tensor_sha256
-from crossbit.export.reader import QUANTIZED_PARTS, QuantizedCheckpoint
+from crossbit.export.reader import QuantizedCheckpoint
+from crossbit.export.reload import DenseInTurn, reload_model, rounds_inputs
 from crossbit.export.research import is_research
-from crossbit.export.scheme import INT
 from crossbit.models.quiet import quiet_transformers
-from crossbit.models.shell import build_empty
 from crossbit.models.validate import read_config
-from crossbit.runtime.loader import load_model
+from crossbit.runtime.loader import open_blocks
 
 RECORD_FILE = "crossbit.json"
 RECORD_KEY = "verify"
@@ -124,8 +125,8 @@ def verify(folder: Path | str, *, device: str = "cpu") -> VerifyReport:
     checks.append(reloaded)
     if model is not None:
         comparison = LayerComparison(model, checkpoint)
-        # Quiet here too: compressed-tensors decompresses, with a bar, at the first forward pass.
-        with comparison, torch.no_grad(), quiet_transformers():
+        # DenseInTurn after the comparison, whose hooks must see a layer before it is dropped.
+        with comparison, quiet_transformers(), DenseInTurn(model), torch.no_grad():
             logits = model(input_ids=ids.to(device), use_cache=False).logits[0].float().cpu()
         compare_experts(model, checkpoint, comparison)
         checks += comparison.rows()
@@ -225,54 +226,17 @@ def check_files(folder: Path, expected: Mapping[str, str]) -> Check:
 
 def own_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
     """Float32 eager logits [T, V] of our own model on token ids [1, T]."""
-    model = load_model(folder, dtype=torch.float32, attn="eager", device=device, execution="fake")
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    source = open_blocks(folder, dtype=torch.float32, attn="eager", device=device, execution="fake")
+    vocabulary = int(source.shell.model.get_input_embeddings().weight.shape[0])
     if int(ids.max()) >= vocabulary:
         raise InputError(
             f"{folder / RECORD_FILE}: token {int(ids.max())} is outside the vocabulary of "
             f"{vocabulary}; the record belongs to another model"
         )
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits[0]
-    found = logits.float().cpu()
-    del model, logits
-    release_memory()  # another whole model follows
-    return found
-
-
-def reload_model(
-    folder: Path, checkpoint: QuantizedCheckpoint, device: str
-) -> tuple[nn.Module | None, Check]:
-    """The folder as transformers loads it (float32, eager), None if it does not."""
-    options: dict[str, Any] = {}
-    if _needs_dequantize(checkpoint):
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    try:
-        with quiet_transformers():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                dtype=torch.float32,
-                attn_implementation="eager",
-                output_loading_info=True,
-                local_files_only=True,
-                **options,
-            )
-    except Exception as error:  # whatever another library raises is a failed check
-        reason = " ".join(str(error).split())[:300]
-        return None, Check(
-            "reload",
-            False,
-            None,
-            None,
-            f"transformers cannot load it: {type(error).__name__}: {reason}",
-        )
-    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
-    wrong["missing_keys"] = _really_missing(model.config, wrong.get("missing_keys", []))
-    detail = f"transformers {transformers.__version__}"
-    if any(wrong.values()):
-        detail = "; ".join(f"{key.replace('_', ' ')}: {some(v)}" for key, v in wrong.items() if v)
-    count = sum(len(value) for value in wrong.values())
-    return model.eval().to(device), Check("reload", count == 0, count, 0, detail)
+    logits = source.logits(ids)[0].float().cpu()
+    del source
+    release_memory()  # another model follows
+    return logits
 
 
 def check_refused(folder: Path) -> Check:
@@ -284,34 +248,6 @@ def check_refused(folder: Path) -> Check:
         detail = f"loads in crossbit only; transformers refuses it ({type(error).__name__})"
         return Check("refused", True, None, None, detail)
     return Check("refused", False, None, None, "transformers opens it, and knows no part of it")
-
-
-def _really_missing(config: Any, missing: Sequence[str]) -> list[str]:
-    """Missing keys, less the buffers that no checkpoint stores.
-
-    compressed-tensors makes every buffer of a quantized module a stored one (``embed_scale`` of
-    Gemma-3); transformers then reports it missing and computes it, as it does without
-    quantization.
-    """
-    if not missing:
-        return []
-    stored = set(build_empty(config).state_dict())
-    return [k for k in missing if k in stored or k.rpartition(".")[2] in QUANTIZED_PARTS]
-
-
-def _needs_dequantize(checkpoint: QuantizedCheckpoint) -> bool:
-    """True for packed asymmetric weights: transformers 5.23 reads their zero points only so."""
-    packed = any(
-        not scheme.weights.symmetric and checkpoint.storage(name) != INT
-        for name, scheme in checkpoint.schemes.items()
-    )
-    alike = len({scheme.key for scheme in checkpoint.schemes.values()}) == 1
-    return packed and alike and not rounds_inputs(checkpoint)
-
-
-def rounds_inputs(checkpoint: QuantizedCheckpoint) -> bool:
-    """True if any layer quantizes its input."""
-    return any(scheme.activations is not None for scheme in checkpoint.schemes.values())
 
 
 # -- logits ---------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from crossbit.evaluation.run import losses_of
 from crossbit.export.reader import QuantizedCheckpoint
 from crossbit.report.html import render_report
 from crossbit.runtime.loader import load_model
+from crossbit.verification import own_logits
 
 pytestmark = pytest.mark.usefixtures("quick", "no_collection")
 
@@ -179,6 +180,8 @@ def test_logits_are_those_of_a_cache_that_the_original_filled(
     with torch.no_grad():
         found = model(ids, use_cache=False).logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    streamed = own_logits(weights_only, ids, "cpu")
+    assert (streamed - expected[0]).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_generation_comes_after_the_prefix(llama: Path, weights_only: Path) -> None:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
-from crossbit.export.comparison import LayerComparison, relative_difference
+from crossbit.export.comparison import LayerComparison, relative
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.export.reader import QuantizedCheckpoint
+from crossbit.export.reload import DenseInTurn, reload_model
 from crossbit.export.research import wrap
 from crossbit.models.experts import is_expert
 from crossbit.runtime.install import QuantizedLayer
+from crossbit.runtime.loader import load_model
 from crossbit.verification import (
     VerifyReport,
     check_logits,
@@ -297,8 +299,8 @@ def test_bounds_of_the_comparisons() -> None:
     assert check_recorded(ours + 2e-4 * ours.std(), sketch, True).passed
     assert not check_recorded(ours[:5], sketch, True).passed
     assert not check_recorded(broken * float("nan"), sketch, True).passed
-    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
-    assert relative_difference(torch.ones(2), torch.zeros(2)) == float("inf")
+    assert relative(0.0, 0.0) == 0
+    assert relative(1.0, 0.0) == float("inf")
 
 
 def test_research_folder_is_compared_with_its_record_and_refused_elsewhere(folder: Path) -> None:
@@ -320,3 +322,76 @@ def test_research_folder_is_compared_with_its_record_and_refused_elsewhere(folde
     content["verify"]["logits"]["values"][0][0] += 20 * float(logits.std())
     (folder / "crossbit.json").write_text(json.dumps(content))
     assert not rows(verify(folder))["recorded"]
+
+
+def test_large_layers_are_compared_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = verify(folder)
+    monkeypatch.setattr("crossbit.export.comparison._AT_ONCE", 100)
+    parts = verify(folder)
+    assert parts.passed
+    assert rows(parts) == rows(whole)
+    checkpoint = QuantizedCheckpoint(folder)
+    name = next(n for n in checkpoint.quantized if n.endswith("down_proj"))
+    layer = checkpoint.layer(name)
+    assert layer is not None
+    dense = layer.qtensor.dequantize()
+    comparison = LayerComparison(nn.Module(), checkpoint)
+    comparison.compare_weight(name, dense, layer)
+    assert comparison.unequal == []
+    dense[-1, -1] += 1e-3
+    comparison.compare_weight(name, dense, layer)
+    assert comparison.unequal == [name]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_theirs_is_dense_one_layer_at_a_time(tmp_path: Path, tied: bool) -> None:
+    source = tiny_folder(tmp_path / "source", "llama", tied=tied)
+    exported = export_folder(
+        source,
+        tmp_path / "out",
+        tiny_model("llama", tied=tied),
+        everywhere(GROUP4, TOKEN8),
+        embedding=CHANNEL8,
+    )
+    checkpoint = QuantizedCheckpoint(exported.folder)
+    ids = torch.tensor([IDS])
+
+    def load() -> nn.Module:
+        model, reloaded = reload_model(exported.folder, checkpoint, "cpu")
+        assert model is not None
+        assert reloaded.passed
+        return model
+
+    model = load()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    packed = [m for m in layers if hasattr(m, "quantization_scheme")]
+    counts = []
+
+    def count(*_: object) -> None:
+        counts.append(sum(_dense(m) for m in packed))
+
+    for layer in packed:
+        layer.register_forward_hook(count)
+    with DenseInTurn(model), torch.no_grad():
+        found = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        wanted = load()(input_ids=ids, use_cache=False).logits
+    assert torch.equal(found, wanted)
+    assert len(counts) == len(packed) > 7
+    assert max(counts) == (2 if tied else 1), "a tied embedding stays"
+
+
+def _dense(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.is_floating_point() and not weight.is_meta
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "mixtral"])
+def test_our_logits_are_those_of_the_whole_model(tmp_path: Path, family: str) -> None:
+    source = tiny_folder(tmp_path / "source", family)
+    export_folder(source, tmp_path / "out", tiny_model(family), everywhere(GROUP4, TOKEN8))
+    model: Any = load_model(tmp_path / "out", dtype=torch.float32, attn="eager", execution="fake")
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits[0]
+    assert torch.equal(own_logits(tmp_path / "out", ids, "cpu"), wanted)

@@ -384,6 +384,16 @@ def test_impossible_grids_are_refused(arguments: dict[str, Any]) -> None:
     assert "\n" not in str(caught.value)
 
 
+@settings(deadline=None, max_examples=50)
+@given(weight=weights(), grid=grids, data=st.data())
+def test_rows_of_a_qtensor_are_rows_of_its_values(weight: Tensor, grid: Grid, data: Any) -> None:
+    scale, zero = fit_minmax(weight, grid)
+    q = QTensor(quantize(weight, scale, zero, grid), scale, zero, grid)
+    start = data.draw(st.integers(0, weight.shape[0] - 1))
+    stop = data.draw(st.integers(start + 1, weight.shape[0]))
+    assert torch.equal(q.rows(start, stop).dequantize(), q.dequantize()[start:stop])
+
+
 def test_qtensor_counts_its_bits() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 

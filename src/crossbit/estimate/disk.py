@@ -74,17 +74,13 @@ def _widest_file(d: Description) -> float:
     """Bytes of the elements of the most frequent width: words, codes, or floating point."""
     words = sum(x.stored for b in d.blocks for x in b.planned if x.packed)
     codes = sum(x.stored for b in d.blocks for x in b.planned if not x.packed)
-    plain = float(d.itemsize * (d.outside + sum(_unplanned(b) for b in d.blocks)))
+    plain = float(d.itemsize * (d.outside + sum(b.unplanned for b in d.blocks)))
     for end in (d.embedding, d.head):
         if end is not None and end.stored is not None:
             codes += end.stored
         elif end is not None:
             plain += d.itemsize * end.weights
     return max(words, codes, plain)
-
-
-def _unplanned(block: BlockShape) -> int:
-    return block.parameters - sum(layer.weights for layer in block.planned)
 
 
 def stream_bytes(d: Description, sequences: int) -> float:
@@ -100,7 +96,7 @@ def stream_bytes(d: Description, sequences: int) -> float:
 def part(d: Description, block: BlockShape) -> float:
     """A finished block and its record."""
     planned = block.planned
-    other = _unplanned(block)
+    other = block.unplanned
     tensors = block.other_tensors + sum(layer.tensors for layer in planned)
     stored = sum(layer.stored for layer in planned) + d.itemsize * other
     return stored + HEAD_BYTES * tensors + LAYER_BYTES * len(planned)

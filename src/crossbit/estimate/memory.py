@@ -133,25 +133,46 @@ def _evaluate(d: Description) -> float:
 
 
 def _verify(d: Description) -> float:
-    """Our own model in float32, then the one that transformers loads."""
-    model = FLOAT * d.parameters
-    last = d.blocks[-1]
+    """Our own model in float32, a block at a time, then the one that transformers loads."""
     tokens = d.verify_length
-    ran = tokens * d.heads * tokens * 3 * FLOAT + forward(d, last, tokens, tokens, FLOAT)
-    logits = FLOAT * tokens * d.vocabulary
-    own = max(
-        _loading_outside(d, FLOAT),
-        model + max(_loading_block(d, last, FLOAT), ran + 2 * logits),
-    )
-    # Theirs starts from the stored tensors; our logits are kept, and ours of a layer are made.
+    logits = float(FLOAT * tokens * d.vocabulary)
+    outside = float(FLOAT * d.outside_weights)
+    ran, block = 0.0, 0.0
+    for b in dict.fromkeys(d.blocks):
+        passing = float(FLOAT * tokens * d.width + tokens * d.heads * tokens * 3 * FLOAT)
+        passing += forward(d, b, tokens, tokens, FLOAT)
+        block = max(block, FLOAT * b.parameters + max(_loading_block(d, b, FLOAT), passing))
+        ran = max(ran, passing)
+    own = max(_loading_outside(d, FLOAT), outside + block, outside + 2 * logits)
+    if d.recipe.kind != "plain":
+        return own
+    # Theirs as it is stored, and our logits; its layers are made dense one at a time.
     head = d.head or d.embedding
-    # Its weight; its output beside ours, their difference, and that in float64.
-    compared = max(2 * logits, DEQUANTIZE * max(layer.weights for layer in last.layers))
-    if head.stored is not None:
-        compared = max(DEQUANTIZE * head.weights + logits, FLOAT * head.weights + 5 * logits)
-    untied = FLOAT * d.embedding.weights if d.head is None and d.embedding.stored else 0
-    theirs = model + untied + logits + max(compared, ran)
-    return max(own, theirs)
+    kept = float(logits + FLOAT * d.outside)
+    for end in (d.embedding, d.head):
+        if end is not None:
+            kept += FLOAT * end.weights if end.stored is None else end.stored
+    if d.head is None and d.embedding.stored is not None:
+        kept += FLOAT * d.embedding.weights  # of a tied one, both copies
+    kept += sum(_reloaded_block(d, b) for b in d.blocks)
+    layer = DEQUANTIZE * max(b.largest for b in d.blocks)
+    last = DEQUANTIZE * head.weights if head.stored is not None else 0
+    # Its output beside ours, their difference, and that in float64.
+    return max(
+        own, kept + max(ran + layer, last, 2 * logits, FLOAT * last / DEQUANTIZE + 5 * logits)
+    )
+
+
+def _reloaded_block(d: Description, block: BlockShape) -> float:
+    """What transformers keeps of a block: integers, and all else as float32.
+
+    Dense are packed weights with zero points and experts, which are one tensor there.
+    """
+    total = float(FLOAT * block.unplanned)
+    for layer in block.planned:
+        dense = layer.share < 1 or (layer.packed and not d.recipe.weights.symmetric)
+        total += FLOAT * layer.weights if dense else layer.stored + FLOAT * layer.scales
+    return total
 
 
 def total(stages: Mapping[str, float]) -> tuple[str, float]:

@@ -174,6 +174,11 @@ class BlockShape:
         return sum(layer.weights for layer in self.layers)
 
     @property
+    def unplanned(self) -> int:
+        """Parameters that stay in floating point."""
+        return self.parameters - sum(layer.weights for layer in self.planned)
+
+    @property
     def parameters(self) -> int:
         """All parameters."""
         return self.weights + self.other

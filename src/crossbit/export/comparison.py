@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from crossbit.export.reader import QuantizedCheckpoint
+from crossbit.grid import QTensor
 from crossbit.models.experts import checkpoint_name, is_expert
 from crossbit.models.families import family_of
 from crossbit.runtime.install import QuantizedLayer
-from crossbit.runtime.linear import QuantLinear
+from crossbit.runtime.linear import QuantLinear, SharedInput
 
 LAYER_BOUND = 1e-5  # relative, Frobenius norm
 _NAMES_SHOWN = 3
+_AT_ONCE = 1 << 24  # of our own weights are made at once (64 MiB)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,11 @@ class LayerComparison:
 
     def compare_weight(self, name: str, theirs: Tensor, layer: QuantizedLayer) -> None:
         """Count a module as seen; bit-equal or noted."""
-        ours = layer.qtensor.dequantize()
         self.seen.add(name)
-        if theirs.shape != ours.shape or not torch.equal(theirs.detach().cpu().float(), ours):
+        if not (
+            theirs.shape == layer.qtensor.codes.shape
+            and all(_equal(theirs[rows], part.dequantize()) for rows, part in _parts(layer.qtensor))
+        ):
             self.unequal.append(name)
 
     def rows(self) -> list[Check]:
@@ -122,15 +127,7 @@ class LayerComparison:
             assert isinstance(module.weight, Tensor)
             self.compare_weight(name, module.weight, layer)
             if isinstance(module, nn.Linear):
-                own = QuantLinear(
-                    layer.qtensor,
-                    module.bias,
-                    layer.activations,
-                    dtype=torch.float32,
-                    execution="fake",
-                    static_scale=layer.static_scale,
-                ).to(output.device)
-                self.outputs[name] = relative_difference(output, own(args[0]))
+                self.outputs[name] = _compare_output(output, args[0], layer, module.bias)
             return output.squeeze(0) if name in self.widened else None
 
         return hook
@@ -160,10 +157,45 @@ def compare_experts(
                     comparison.compare_weight(name, theirs, layer)
 
 
-def relative_difference(theirs: Tensor, ours: Tensor) -> float:
-    """Frobenius norm of the difference over that of ours; 0 if both are zero."""
-    difference = float(torch.linalg.vector_norm((theirs - ours).double()))
-    size = float(torch.linalg.vector_norm(ours.double()))
+def _parts(qtensor: QTensor) -> Iterator[tuple[slice, QTensor]]:
+    """Rows and what they hold, few enough of them to be dense at once."""
+    count, columns = qtensor.codes.shape
+    step = max(1, _AT_ONCE // columns)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        yield rows, qtensor.rows(rows.start, rows.stop)
+
+
+def _equal(theirs: Tensor, ours: Tensor) -> bool:
+    return torch.equal(theirs.detach().cpu().float(), ours)
+
+
+def _compare_output(theirs: Tensor, x: Tensor, layer: QuantizedLayer, bias: Tensor | None) -> float:
+    """Relative difference of an output [..., N] from what our own layer makes of the input."""
+    shared = SharedInput()  # the input is quantized once
+    differences, sizes = [0.0], [0.0]
+    for rows, part in _parts(layer.qtensor):
+        own = QuantLinear(
+            part,
+            None if bias is None else bias[rows],
+            layer.activations,
+            dtype=torch.float32,
+            execution="fake",
+            shared=shared,
+            static_scale=layer.static_scale,
+        ).to(theirs.device)
+        made = own(x)
+        differences.append(_norm(theirs[..., rows] - made))
+        sizes.append(_norm(made))
+    return relative(math.hypot(*differences), math.hypot(*sizes))
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def relative(difference: float, size: float) -> float:
+    """A difference over the size of what it is a difference from; 0 if both are zero."""
     if size == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / size

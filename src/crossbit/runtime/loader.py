@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from crossbit.errors import InputError
@@ -89,6 +89,17 @@ class BlockSource:
         """The stored integers of a layer (path in the model), None if it is not quantized."""
         layer = self._layer(name) if self.quantized is not None else None
         return None if layer is None else layer.qtensor
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [B, T] -> logits [B, T, V], with one block in memory at a time."""
+        hidden = self.shell.embed(ids)
+        kwargs = self.shell.block_kwargs(ids.shape[1], self.dtype)
+        for index in range(self.shell.num_blocks):
+            self.load(index)
+            hidden = self.shell.run_block(index, hidden, kwargs[index])
+            self.free(index)
+        return self.shell.logits(hidden)
 
     def free(self, index: int) -> None:
         """Drop block ``index``."""
