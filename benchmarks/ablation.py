@@ -16,6 +16,8 @@ ADAROUND = ("solver.mode=sigmoid", "solver.start={kind: rtn, clip: mse}")
 LORA = ("solver.parameter=low_rank", "solver.start={kind: rtn, clip: mse}")
 LITERAL = ("solver.mode=sigmoid", "solver.base=zero", *LORA)
 
+# Of the windows; the end-to-end stage has its own.
+SETTINGS = ("training.epochs=3",)
 # Name -> preset, changes. The first rows build up from round to nearest, the others change one
 # thing of the default.
 ROWS: Rows = {
@@ -49,4 +51,4 @@ ROWS: Rows = {
 
 
 if __name__ == "__main__":
-    run(Table("ablation", ROWS, samples=32, length=512), __doc__)
+    run(Table("ablation", ROWS, samples=32, length=512, settings=SETTINGS), __doc__)

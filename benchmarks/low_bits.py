@@ -159,7 +159,8 @@ def run_ours(
     args: argparse.Namespace, recipe: str, settings: tuple[str, ...], out: Path
 ) -> dict[str, Any]:
     """Quantize with crossbit."""
-    made = quantized("demo", recipe, settings, args.samples, args.length, out)
+    made = quantized("demo", recipe, settings, out, budget=(args.samples, args.length))
+    del made["made"]
     return {**made, "scale_bits": None}
 
 

@@ -28,19 +28,33 @@ def failure(found: Measurement, log: Path) -> str:
 
 
 def quantized(
-    model: str, recipe: str, settings: Sequence[str], samples: int, length: int, out: Path
+    model: str,
+    recipe: str,
+    settings: Sequence[str],
+    out: Path,
+    *,
+    budget: tuple[int, int] | None = None,
+    seed: int = 0,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Quantize into ``out``, with ``FLOAT_ENDS``; what it took.
+    """Quantize into ``out``, with ``FLOAT_ENDS``; what it took, and all that the run tells of it.
+
+    Args:
+        model, recipe, settings, out: of the command.
+        budget: calibration sequences and their tokens; None leaves them to recipe and settings.
+        seed: of the calibration windows.
+        resume: go on with what a killed run left.
 
     Raises:
         WorkError: the command failed.
     """
-    budget = f"--samples {samples} --length {length} --seed 0"
+    samples = "" if budget is None else f" --samples {budget[0]} --length {budget[1]}"
     changed = [word for setting in (*settings, *FLOAT_ENDS) for word in ("--set", setting)]
-    options = f"--recipe {recipe} {budget}".split() + changed
+    options = f"--recipe {recipe}{samples} --seed {seed}".split() + changed
     program = str(Path(sys.executable).with_name("crossbit"))
     log = out.with_name(f"{out.name}.log")
-    found = measure([program, "quantize", model, *options, "--out", str(out)], log=log)
+    where = ["--out", str(out), *(["--resume"] if resume else [])]
+    found = measure([program, "quantize", model, *options, *where], log=log)
     described = f"crossbit quantize {Path(model).name} {' '.join(options)}"
     if found.exit_code:
         raise WorkError(f"{described}: {failure(found, log)}")
@@ -53,4 +67,5 @@ def quantized(
         # The process goes on to verify in transformers, which the peers do not do.
         "peak_rss": made["memory"]["stages"]["quantize"],
         "load_before": found.load_before,
+        "made": made,
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import crossbit
-from benchmarks.quantizing import FLOAT_ENDS
+from benchmarks.quantizing import quantized
 from benchmarks.store import once
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
@@ -57,17 +57,13 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
     preset, changes = table.rows[row]
     out: Path = args.work / result_name(table.name, row, seed)
     work = out.with_name(f"{out.name}.crossbit-work")
+    # Settings, so that a row can have its own.
     budget = (f"calibration.samples={table.samples}", f"calibration.length={table.length}")
     resumed = work.exists()
     # Work that is refused stays where it is: the message says what to do, and it may be hours.
-    made = crossbit.quantize(
-        table.model,
-        preset,
-        out=out,
-        seed=seed,
-        settings=[*budget, *table.settings, *changes, *FLOAT_ENDS],
-        resume=True,
-    )
+    settings = (*budget, *table.settings, *changes)
+    took = quantized(table.model, preset, settings, out, seed=seed, resume=True)
+    made = took["made"]
     found = crossbit.evaluate(str(out), text=args.text, windows=WINDOWS)["perplexity"]
     shutil.rmtree(out)
     return {
@@ -83,8 +79,9 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
         "losses": found["losses"],
         "perplexity": found["value"],
         "stderr": found["stderr"],
-        "seconds": made["time"]["stages"]["quantize"],
-        "peak_rss": made["memory"]["stages"]["quantize"],
+        "seconds": took["seconds"],
+        "peak_rss": took["peak_rss"],
+        "load_before": took["load_before"],
         "windows": [
             {key: window[key] for key in ("blocks", "before", "after", "events", "seconds")}
             for window in made["training"]

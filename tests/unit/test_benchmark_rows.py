@@ -12,7 +12,7 @@ from crossbit.compat import check_recipe
 from crossbit.recipe import Recipe
 
 TABLES = {
-    "ablation": (ablation.ROWS, ()),
+    "ablation": (ablation.ROWS, ablation.SETTINGS),
     "cqe": (cqe.ROWS, cqe.BUDGET),
     "second": (second.ROWS, ()),
     **{
@@ -32,6 +32,11 @@ def test_rows_are_recipes(name: str) -> None:
         found[row] = recipe.digest
     assert len(set(found.values())) == len(rows)
     assert len({result_name(name, row, 0) for row in rows}) == len(rows)
+
+
+def test_the_ablation_is_of_three_epochs() -> None:
+    for preset, changes in ablation.ROWS.values():
+        assert Recipe.load(preset, [*ablation.SETTINGS, *changes]).training.epochs == 3
 
 
 def test_long_rows_are_rows() -> None:
