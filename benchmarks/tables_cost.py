@@ -107,6 +107,8 @@ def plan(results: dict[str, dict[str, Any]]) -> list[str]:
         "evaluation and verification of the exported integers. 1b is random weights in the shape",
         "of TinyLlama-1.1B, of as many blocks as its name says (all 22 where it says none), one",
         "epoch of training (`python -m benchmarks.plan_accuracy`). Memory is RssAnon + RssShmem.",
+        "Disk is predicted for training that helps, whose state is then saved; on random weights",
+        "with this much text it does not, and nothing is.",
         "",
         "| model | recipe | memory MB | disk MB | time s |",
         "|---|---|---|---|---|",
