@@ -13,8 +13,8 @@ Each check is a row with a measured value and its bound:
 Research and online folders do something at run time that only crossbit does: there our own model is
 compared with the record, and transformers must refuse the folder (row "refused").
 
-Ours is run block by block. The other library's is in memory as it is stored, and its linear layers
-are made dense, compared and dropped as the forward pass reaches them (but not where it can only
+Ours is run block by block. The other library's is in memory as it is stored, and its layers are
+made dense, compared and dropped as the forward pass reaches them (but not where it can only
 make all of them dense while it loads: packed integers with zero points).
 """
 

@@ -54,7 +54,7 @@ def reload_model(
 
 
 class DenseInTurn:
-    """Lets a packed model run with one dense linear layer in memory at a time.
+    """Lets a packed model run with one dense layer in memory at a time.
 
     compressed-tensors makes the whole model dense when its first forward pass begins. Inside this
     context its own function does so for each layer as the pass reaches it, and the weight is
@@ -69,7 +69,7 @@ class DenseInTurn:
     def __enter__(self) -> DenseInTurn:
         if not hasattr(self._model, "ct_decompress_hook"):
             return self
-        from compressed_tensors.compressors.base import decompress_module
+        from compressed_tensors.compressors import decompress_module
 
         compressor: Any = self._model.hf_quantizer.compressor  # type: ignore[union-attr]
         compressor.remove_decompression_hook(self._model)
