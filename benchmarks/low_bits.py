@@ -159,9 +159,8 @@ def run_ours(
     args: argparse.Namespace, recipe: str, settings: tuple[str, ...], out: Path
 ) -> dict[str, Any]:
     """Quantize with crossbit."""
-    made = quantized("demo", recipe, settings, out, budget=(args.samples, args.length))
-    del made["made"]
-    return {**made, "scale_bits": None}
+    took, _ = quantized("demo", recipe, settings, out, budget=(args.samples, args.length))
+    return {**took, "scale_bits": None}
 
 
 def ids_file(args: argparse.Namespace) -> Path:

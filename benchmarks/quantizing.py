@@ -36,8 +36,8 @@ def quantized(
     budget: tuple[int, int] | None = None,
     seed: int = 0,
     resume: bool = False,
-) -> dict[str, Any]:
-    """Quantize into ``out``, with ``FLOAT_ENDS``; what it took, and all that the run tells of it.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Quantize into ``out``, with ``FLOAT_ENDS``; what it took, and its crossbit.json.
 
     Args:
         model, recipe, settings, out: of the command.
@@ -67,5 +67,4 @@ def quantized(
         # The process goes on to verify in transformers, which the peers do not do.
         "peak_rss": made["memory"]["stages"]["quantize"],
         "load_before": found.load_before,
-        "made": made,
-    }
+    }, made

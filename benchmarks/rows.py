@@ -62,8 +62,7 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
     resumed = work.exists()
     # Work that is refused stays where it is: the message says what to do, and it may be hours.
     settings = (*budget, *table.settings, *changes)
-    took = quantized(table.model, preset, settings, out, seed=seed, resume=True)
-    made = took["made"]
+    took, made = quantized(table.model, preset, settings, out, seed=seed, resume=True)
     found = crossbit.evaluate(str(out), text=args.text, windows=WINDOWS)["perplexity"]
     shutil.rmtree(out)
     return {

@@ -48,10 +48,9 @@ def quantize(work: Path, blocks: int, samples: int) -> dict[str, Any]:
     model = "demo" if blocks == BLOCKS else str(cut(work / f"demo-{blocks}", blocks))
     out = work / "scaling"
     shutil.rmtree(out, ignore_errors=True)
-    made = quantized(model, "cbq-w4a16", (), out, budget=(samples, LENGTH))
-    del made["made"]
+    took, _ = quantized(model, "cbq-w4a16", (), out, budget=(samples, LENGTH))
     shutil.rmtree(out)
-    return {**made, "blocks": blocks, "samples": samples, "length": LENGTH}
+    return {**took, "blocks": blocks, "samples": samples, "length": LENGTH}
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from crossbit.errors import InputError
 from crossbit.export.comparison import Check, LayerComparison, compare_experts, some
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.export.reader import QuantizedCheckpoint
-from crossbit.export.reload import DenseInTurn, reload_model, rounds_inputs
+from crossbit.export.reload import dense_in_turn, reload_model, rounds_inputs
 from crossbit.export.research import is_research
 from crossbit.models.quiet import quiet_transformers
 from crossbit.models.validate import read_config
@@ -125,8 +125,8 @@ def verify(folder: Path | str, *, device: str = "cpu") -> VerifyReport:
     checks.append(reloaded)
     if model is not None:
         comparison = LayerComparison(model, checkpoint)
-        # DenseInTurn after the comparison, whose hooks must see a layer before it is dropped.
-        with comparison, quiet_transformers(), DenseInTurn(model), torch.no_grad():
+        # dense_in_turn after the comparison, whose hooks must see a layer before it is dropped.
+        with comparison, quiet_transformers(), dense_in_turn(model), torch.no_grad():
             logits = model(input_ids=ids.to(device), use_cache=False).logits[0].float().cpu()
         compare_experts(model, checkpoint, comparison)
         checks += comparison.rows()

@@ -20,7 +20,7 @@ from crossbit.errors import InputError
 from crossbit.export.comparison import LayerComparison, relative
 from crossbit.export.fingerprint import tensor_sha256
 from crossbit.export.reader import QuantizedCheckpoint
-from crossbit.export.reload import DenseInTurn, reload_model
+from crossbit.export.reload import dense_in_turn, reload_model
 from crossbit.export.research import wrap
 from crossbit.models.experts import is_expert
 from crossbit.runtime.install import QuantizedLayer
@@ -372,7 +372,7 @@ def test_theirs_is_dense_one_layer_at_a_time(tmp_path: Path, tied: bool) -> None
 
     for layer in packed:
         layer.register_forward_hook(count)
-    with DenseInTurn(model), torch.no_grad():
+    with dense_in_turn(model), torch.no_grad():
         found = model(input_ids=ids, use_cache=False).logits
     with torch.no_grad():
         wanted = load()(input_ids=ids, use_cache=False).logits

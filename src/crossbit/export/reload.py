@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -53,47 +53,36 @@ def reload_model(
     return model.eval().to(device), Check("reload", count == 0, count, 0, detail)
 
 
-class DenseInTurn:
-    """Lets a packed model run with one dense layer in memory at a time.
+@contextmanager
+def dense_in_turn(model: nn.Module) -> Iterator[None]:
+    """Let a packed model run with one dense layer in memory at a time.
 
     compressed-tensors makes the whole model dense when its first forward pass begins. Inside this
     context its own function does so for each layer as the pass reaches it, and the weight is
     dropped when the layer, and every forward hook that was put on it before, is through. For one
     pass: a layer that ran has no weight any more. A model that is dense already is left alone.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> DenseInTurn:
-        if not hasattr(self._model, "ct_decompress_hook"):
-            return self
+    handles: list[Any] = []
+    if hasattr(model, "ct_decompress_hook"):
         from compressed_tensors.compressors import decompress_module
 
-        compressor: Any = self._model.hf_quantizer.compressor  # type: ignore[union-attr]
-        compressor.remove_decompression_hook(self._model)
+        compressor: Any = model.hf_quantizer.compressor  # type: ignore[union-attr]
+        compressor.remove_decompression_hook(model)
         # A tied embedding is read again as the head.
-        tied = getattr(self._model.config, "tie_word_embeddings", False)
-        for module in self._model.modules():
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        for module in model.modules():
             if not hasattr(module, "quantization_scheme"):
                 continue
             if tied and not isinstance(module, nn.Linear):
                 decompress_module(module)
             else:
-                self._handles.append(module.register_forward_pre_hook(_before(decompress_module)))
-                self._handles.append(module.register_forward_hook(_drop))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
+                handles.append(module.register_forward_pre_hook(_before(decompress_module)))
+                handles.append(module.register_forward_hook(_drop))
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
-        self._handles = []
 
 
 def _before(decompress: Callable[[nn.Module], None]) -> Callable[[nn.Module, Any], None]:
