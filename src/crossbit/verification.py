@@ -233,7 +233,8 @@ def own_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
             f"{folder / RECORD_FILE}: token {int(ids.max())} is outside the vocabulary of "
             f"{vocabulary}; the record belongs to another model"
         )
-    logits = source.logits(ids)[0].float().cpu()
+    with torch.no_grad():
+        logits: Tensor = source.shell.logits(source.hidden(ids, batch=1))[0].float().cpu()
     del source
     release_memory()  # another model follows
     return logits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossbit.engine.progress import Reporter, release_memory
+from crossbit.engine.progress import Reporter
 from crossbit.errors import WorkError
 from crossbit.runtime.loader import BlockSource
 
@@ -34,17 +34,10 @@ def window_losses(
     Raises:
         WorkError: a loss is not finite.
     """
-    shell = source.shell
     batch = max(1, TOKENS_AT_ONCE // ids.shape[1])
-    hidden = torch.cat([shell.embed(part) for part in torch.split(ids, batch)])
-    kwargs = shell.block_kwargs(ids.shape[1], source.dtype)
-    for index in reporter.track(range(shell.num_blocks), title, shell.num_blocks):
-        source.load(index)
-        for start in range(0, hidden.shape[0], batch):
-            part = slice(start, start + batch)
-            hidden[part] = shell.run_block(index, hidden[part], kwargs[index])
-        source.free(index)
-        release_memory()  # pieces of freed blocks add up
+    blocks = source.shell.num_blocks
+    order = reporter.track(range(blocks), title, blocks)
+    hidden = source.hidden(ids, batch=batch, order=order)
     losses = [
         _window_loss(source, h, i) for h, i in zip(hidden[:, lead:], ids[:, lead:], strict=True)
     ]

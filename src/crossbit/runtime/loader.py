@@ -6,6 +6,7 @@ library that ``verify`` compares with.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from crossbit.engine.progress import release_memory
 from crossbit.errors import InputError
 from crossbit.export.reader import QuantizedCheckpoint, is_quantized
 from crossbit.export.research import is_research, model_config, online_content
@@ -91,15 +93,27 @@ class BlockSource:
         return None if layer is None else layer.qtensor
 
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [B, T] -> logits [B, T, V], with one block in memory at a time."""
-        hidden = self.shell.embed(ids)
-        kwargs = self.shell.block_kwargs(ids.shape[1], self.dtype)
-        for index in range(self.shell.num_blocks):
+    def hidden(self, ids: Tensor, *, batch: int, order: Iterable[int] | None = None) -> Tensor:
+        """Token ids int64 [B, T] -> what leaves the last block [B, T, D].
+
+        All sequences go through block 0, then through block 1: one block is in memory at a time.
+
+        Args:
+            ids: see above.
+            batch: sequences at once.
+            order: the numbers of the blocks, for who shows how far it is.
+        """
+        shell = self.shell
+        hidden = torch.cat([shell.embed(part) for part in torch.split(ids, batch)])
+        kwargs = shell.block_kwargs(ids.shape[1], self.dtype)
+        for index in range(shell.num_blocks) if order is None else order:
             self.load(index)
-            hidden = self.shell.run_block(index, hidden, kwargs[index])
+            for start in range(0, hidden.shape[0], batch):
+                part = slice(start, start + batch)
+                hidden[part] = shell.run_block(index, hidden[part], kwargs[index])
             self.free(index)
-        return self.shell.logits(hidden)
+            release_memory()  # pieces of freed blocks add up
+        return hidden
 
     def free(self, index: int) -> None:
         """Drop block ``index``."""
