@@ -70,13 +70,23 @@ _WEIGHTS: _Methods = {
     "awq-gptq": ("awq-gptq-w4a16-g64", ()),
 }
 _A4 = ("activations.bits=4",)
+# Twice as many steps as one epoch has, each larger: 2 bits excepted, whose preset has its own.
+_TUNED = ("end_to_end.epochs=2", "end_to_end.rounding=2e-3", "end_to_end.step=1e-3")
 OURS: dict[str, _Methods] = {
     "w4a16": {
         **_WEIGHTS,
         "cbq": ("cbq-w4a16", ()),
-        "cbq-fisher": ("cbq-w4a16", ("objective.metric=fisher",)),
+        "cbq-overlap": ("cbq-w4a16", ("objective.overlap=1",)),
+        "cbq-e2e": ("cbq-w4a16+e2e", ("end_to_end.rounding=2e-3", "end_to_end.step=3e-4")),
+        "cbq-fisher": ("cbq-w4a16", ("objective.metric=fisher", "objective.overlap=1")),
     },
-    "w3a16": {**_WEIGHTS, "cbq": ("cbq-w3a16", ())},
+    "w3a16": {
+        **_WEIGHTS,
+        "cbq": ("cbq-w3a16", ()),
+        "cbq-no-overlap": ("cbq-w3a16", ("objective.overlap=0",)),
+        "cbq-no-overlap-e2e": ("cbq-w3a16+e2e", ("objective.overlap=0", *_TUNED)),
+        "cbq-e2e": ("cbq-w3a16+e2e", _TUNED),
+    },
     "w2a16": {
         **_WEIGHTS,
         "cbq": ("cbq-w2a16", ()),

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation import BASE as ABLATION_BASE
 from benchmarks.ablation import ROWS as ABLATION
 from benchmarks.cqe import ROWS as CQE
 from benchmarks.second import MODEL as SECOND_MODEL
 from benchmarks.second import ROWS as SECOND
 from benchmarks.tables_cost import cost, cqe_cost, plan, scaling, training_step
 from benchmarks.tables_cqe import plug_in
-from crossbit.evaluation.statistics import paired_loss, perplexity
+from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
 
 HERE = Path(__file__).parent
 LOW_BITS = {
@@ -188,8 +189,12 @@ def parts(
     rows: Iterable[str],
     heading: list[str],
     model: str = "demo",
+    base: str | None = None,
 ) -> list[str]:
-    """A table of ``benchmarks.rows``: every seed that was run, the rows in their order."""
+    """A table of ``benchmarks.rows``: every seed that was run, the rows in their order.
+
+    With ``base`` each row is compared to that one, seed by seed.
+    """
     found = [r for name, r in results.items() if name.startswith(f"{table}-") and "row" in r]
     original = results.get(f"{model}-original-40")
     if not found or original is None:
@@ -197,11 +202,14 @@ def parts(
     known: dict[str, list[dict[str, Any]]] = {}
     for row in found:
         known.setdefault(row["row"], []).append(row)
+    bases = {r["seed"]: r["losses"] for r in known.get(base or "", [])}
+    against = f" against {base}, each seed | +- |" if base else ""
     lines = [
         *heading,
         "",
-        "| row | kind | loss, each seed | +- | windows kept as they were | CPU s | peak MB |",
-        "|---|---|---|---|---|---|---|",
+        f"| row | kind | loss, each seed | +- |{against} windows kept as they were | CPU s | "
+        "peak MB |",
+        "|---|---|---|---|---|---|---|" + ("---|---|" if base else ""),
     ]
     for name in [name for name in rows if name in known]:
         runs = sorted(known[name], key=lambda r: r["seed"])
@@ -211,13 +219,21 @@ def parts(
         spent = [r["cpu_seconds"] for r in runs if "cpu_seconds" in r and not r["resumed"]]
         cpu = f"{max(spent):.0f}" if spent else ""
         kept = [sum(not w["after"] < w["before"] for w in r["windows"]) for r in runs]
+        compared = ""
+        if base:
+            both = [r for r in runs if name != base and r["seed"] in bases]
+            compared = f" {_paired([paired_loss(r['losses'], bases[r['seed']]) for r in both])} |"
         lines.append(
-            f"| {name} | {runs[0].get('kind', 'plain')} | "
-            f"{', '.join(f'{100 * p.value:+.2f} %' for p in paired)} | "
-            f"{100 * max(p.stderr for p in paired):.2f} | {', '.join(map(str, kept))} | "
-            f"{cpu} | {peak:.0f} |"
+            f"| {name} | {runs[0].get('kind', 'plain')} | {_paired(paired)} |{compared} "
+            f"{', '.join(map(str, kept))} | {cpu} | {peak:.0f} |"
         )
     return [*lines, ""]
+
+
+def _paired(values: list[Estimate]) -> str:
+    """Values of the seeds, and the largest of their errors: two cells."""
+    error = f"{100 * max(v.stderr for v in values):.2f}" if values else ""
+    return f"{', '.join(f'{100 * v.value:+.2f} %' for v in values)} | {error}"
 
 
 def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -226,11 +242,12 @@ def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
         "### Parts of CBQ",
         "",
         "SmolLM2-135M-Instruct, W4A16 in groups of 64, embedding and head in bf16, 32 x 512 tokens",
-        "of the embedded text, 3 epochs; WikiText-2 raw test, 40 windows of 2048, exported",
-        "integers (`python -m benchmarks.ablation`). A row that is not listed was not run. CPU",
-        "seconds are those of the whole command on one thread, verification included, where taken.",
+        "of the embedded text, 3 epochs, windows without overlap unless a row says otherwise;",
+        "WikiText-2 raw test, 40 windows of 2048, exported integers (`python -m",
+        "benchmarks.ablation`). A row that is not listed was not run. CPU seconds are those of the",
+        "whole command on one thread, verification included, where taken.",
     ]
-    return parts(results, "ablation", ABLATION, heading)
+    return parts(results, "ablation", ABLATION, heading, base=ABLATION_BASE)
 
 
 def cqe(results: dict[str, dict[str, Any]]) -> list[str]:
