@@ -77,7 +77,6 @@ OURS: dict[str, _Methods] = {
         **_WEIGHTS,
         "cbq": ("cbq-w4a16", ()),
         "cbq-overlap": ("cbq-w4a16", ("objective.overlap=1",)),
-        "cbq-e2e": ("cbq-w4a16+e2e", ("end_to_end.rounding=2e-3", "end_to_end.step=3e-4")),
         "cbq-fisher": ("cbq-w4a16", ("objective.metric=fisher", "objective.overlap=1")),
     },
     "w3a16": {
