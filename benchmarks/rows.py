@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
     work = out.with_name(f"{out.name}.crossbit-work")
     # Settings, so that a row can have its own.
     budget = (f"calibration.samples={table.samples}", f"calibration.length={table.length}")
-    resumed = work.exists()
+    resumed = work.exists() or out.exists()  # finished, but not evaluated
     # Work that is refused stays where it is: the message says what to do, and it may be hours.
     settings = (*budget, *table.settings, *changes)
     took, made = quantized(table.model, preset, settings, out, seed=seed, resume=True)
