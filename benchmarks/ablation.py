@@ -23,22 +23,17 @@ SETTINGS = ("training.epochs=3", "objective.overlap=0")
 # What the others change one thing of.
 BASE = "windows of 2"
 
-
-def _windows(size: int, overlap: int = 0) -> tuple[str, ...]:
-    return (f"objective.window={size}", f"objective.overlap={overlap}")
-
-
 # Name -> preset, changes. The first rows build up from round to nearest.
-ROWS: Rows = {
+PARTS: Rows = {
     "rtn": ("rtn-w4a16-g64", ("solver.clip=mse",)),
     "gptq": ("gptq-w4a16-g64", ()),
     "block-wise, from rtn": ("cbq-w4a16", (*BLOCKWISE, RTN)),
     "block-wise": ("cbq-w4a16", BLOCKWISE),
     BASE: ("cbq-w4a16", ()),
-    "windows of 3": ("cbq-w4a16", _windows(3)),
-    "windows of 4": ("cbq-w4a16", _windows(4)),
-    "windows of 2, overlap 1": ("cbq-w4a16", _windows(2, 1)),
-    "windows of 4, overlap 2": ("cbq-w4a16", _windows(4, 2)),
+    "windows of 3": ("cbq-w4a16", ("objective.window=3",)),
+    "windows of 4": ("cbq-w4a16", ("objective.window=4",)),
+    "windows of 2, overlap 1": ("cbq-w4a16", ("objective.overlap=1",)),
+    "windows of 4, overlap 2": ("cbq-w4a16", ("objective.window=4", "objective.overlap=2")),
     "expanding ends": ("cbq-w4a16", ("objective.expand=ends",)),
     "homologous": ("cbq-w4a16", ("objective.homologous=1.0",)),
     "AdaRound": ("cbq-w4a16", ADAROUND),
@@ -47,7 +42,9 @@ ROWS: Rows = {
     "CFP": ("cbq-w4a16", ("transforms=[{kind: cfp, activations: false}]",)),
     "KL": ("cbq-w4a16", ("objective.kl=1.0",)),
     "steps fixed": ("cbq-w4a16", ("solver.steps=false",)),
-    # Beyond CBQ, and the full budget: run when they are named.
+}
+# Beyond CBQ's parts, and the full budget: run when they are named.
+BEYOND: Rows = {
     "mean norm": ("cbq-w4a16", ("objective.norm=mean",)),
     "token norm": ("cbq-w4a16", ("objective.norm=token",)),
     "metric of the predictions": ("cbq-w4a16", ("objective.metric=fisher",)),
@@ -60,8 +57,8 @@ ROWS: Rows = {
     "everything at once": ("cbq-w4a16+union", ()),
     "full budget": ("cbq-w4a16", ("calibration.samples=128", "calibration.length=1024")),
 }
-_NAMES = list(ROWS)
-LONG = tuple(_NAMES[_NAMES.index("mean norm") :])
+ROWS: Rows = {**PARTS, **BEYOND}
+LONG = tuple(BEYOND)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Table:
         samples, length: calibration sequences and their tokens, unless a row says otherwise.
         settings: of every row.
         model: that is quantized.
-        long: rows that take hours, and are run only when they are named.
+        long: rows that are run only when they are named, of which some take hours.
     """
 
     name: str
