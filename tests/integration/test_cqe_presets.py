@@ -33,6 +33,8 @@ def small(name: str) -> Recipe:
         settings.append("weights.group=16")
     if chosen.trains:
         settings.append("training.epochs=2")
+    if getattr(chosen.solver, "expansion", None) is not None:
+        settings.append("solver.expansion.width=8")  # keys have 32 directions
     for number, transform in enumerate(chosen.transforms):
         if isinstance(transform, DuQuant):
             settings += [f"transforms.{number}.block=16", f"transforms.{number}.steps=8"]
