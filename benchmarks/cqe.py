@@ -18,8 +18,7 @@ from benchmarks.rows import Rows, Table, run
 BASES = ("omniquant-w2a16", "omniquant-w3a16", "omniquant-w4a4", "duquant-w4a4", "prefixquant-w4a4")
 PARTS = "omniquant-w2a16"
 ADDONS = ("", "+sde+cl")
-# Of the weights themselves: held-out loss of the first two blocks .0383, .0364 from 3e-2, .0428,
-# .0396 from 1e-2.
+# Of the weights themselves; the first is the best of the first two blocks, see ``BUDGET``.
 RATES = ("3e-2", "1e-2", "1e-1")
 LONG = tuple(f"{PARTS}{addon}, original settings" for addon in ADDONS)
 ORIGINAL = (
@@ -62,11 +61,17 @@ ROWS: Rows = {
     # As published: 20 epochs over eight times the tokens, at the presets' rates.
     **{row: (f"{PARTS}{addon}", ORIGINAL) for row, addon in zip(LONG, ADDONS, strict=True)},
 }
-# Held-out loss of the blocks 0 and 1 of the base at W2A16, ranges at 3e-2 constant: .0805, .0779;
-# falling from 3e-2: .120, .126, from 1e-1: .0756, .0729, from 2e-1: .0723, .0702. At W4A4 (DuQuant)
-# 3e-2 and 2e-1 are equal. With the expansion, a band of 8, from 1e-2: .0691, .0664, from 3e-2:
-# .0674, .0647, from 1e-1: .0668, .0640; DuQuant at W4A4 .0212, .0209 without it, .0208, .0204 from
-# 1e-2, .0207, .0202 from 3e-2, .0213, .0206 from 1e-1.
+# Held-out losses of blocks 0 and 1, as ``crossbit quantize demo --recipe NAME --samples 64 --length
+# 512 --set training.epochs=4 --set training.batch=2`` and rates print them: fake quantization, no
+# look-ahead, rates falling to zero unless said otherwise.
+#   omniquant-w2a16, ranges from 3e-2, constant: .0805, .0779; from 3e-2: .120, .126; 1e-1: .0756,
+#   .0729; 2e-1: .0723, .0702. The others have ranges from 2e-1.
+#   with a band of 8, from 1e-2: .0691, .0664; 3e-2: .0674, .0647; 1e-1: .0668, .0640
+#   with a band of 32, from 3e-2: .0643, .0614; 1e-1: .0640, .0602
+#   with the weights themselves, from 1e-2: .0428, .0396; 3e-2: .0383, .0364
+#   duquant-w4a4: .0212, .0209 (ranges from 3e-2: .0211, .0212)
+#   with a band of 8, from 1e-2: .0208, .0204; 3e-2: .0207, .0202; 1e-1: .0213, .0206
+#   with a band of 32, from 3e-2: .0203, .0199
 BUDGET = (
     *("training.epochs=4", "training.batch=2", "training.schedule=linear"),
     *("training.range=2e-1", "training.expansion=3e-2", "training.let=3e-2"),

@@ -15,7 +15,7 @@ from tests.training import interrupted_at, train, weights_of
 
 from crossbit import Recipe
 from crossbit.engine import window
-from crossbit.recipe import DuQuant, preset_names
+from crossbit.recipe import DuQuant, TrainedRounding, preset_names
 
 pytestmark = pytest.mark.usefixtures("quick", "no_collection")
 
@@ -33,7 +33,7 @@ def small(name: str) -> Recipe:
         settings.append("weights.group=16")
     if chosen.trains:
         settings.append("training.epochs=2")
-    if getattr(chosen.solver, "expansion", None) is not None:
+    if isinstance(chosen.solver, TrainedRounding) and chosen.solver.expansion is not None:
         settings.append("solver.expansion.width=8")  # keys have 32 directions
     for number, transform in enumerate(chosen.transforms):
         if isinstance(transform, DuQuant):
