@@ -16,6 +16,7 @@ RTN = "solver.start={kind: rtn, clip: mse}"
 BLOCKWISE = ("objective.window=1",)
 ADAROUND = ("solver.mode=sigmoid", RTN)
 LORA = ("solver.parameter=low_rank", RTN)
+UNJUDGED = ("transforms=[{kind: cfp, activations: false, judge: false}]",)
 LITERAL = ("solver.mode=sigmoid", "solver.base=zero", *LORA)
 
 # Of the windows; the end-to-end stage has its own epochs.
@@ -40,6 +41,7 @@ PARTS: Rows = {
     "LoRA-Rounding, straight-through": ("cbq-w4a16", LORA),
     "LoRA-Rounding, literal": ("cbq-w4a16", LITERAL),
     "CFP": ("cbq-w4a16", ("transforms=[{kind: cfp, activations: false}]",)),
+    "CFP, unjudged": ("cbq-w4a16", UNJUDGED),
     "KL": ("cbq-w4a16", ("objective.kl=1.0",)),
     "steps fixed": ("cbq-w4a16", ("solver.steps=false",)),
 }
@@ -53,6 +55,8 @@ BEYOND: Rows = {
     "look-ahead of two": ("cbq-w4a16+cl", ()),
     "expansion": ("cbq-w4a16+sde", ()),
     "rotated": ("cbq-w4a16+rotate", ()),
+    "8 bits, round to nearest": ("rtn-w8a16", ("embedding=null", "head=null")),
+    "8 bits, CFP unjudged": ("rtn-w8a16", ("embedding=null", "head=null", *UNJUDGED)),
     "AWQ's scales": ("cbq-w4a16", ("transforms=[{kind: awq_scale}]",)),
     "everything at once": ("cbq-w4a16+union", ()),
     "full budget": ("cbq-w4a16", ("calibration.samples=128", "calibration.length=1024")),

@@ -42,7 +42,8 @@ class AwqScale(Strict):
 class Cfp(Strict):
     """CBQ's coarse-to-fine preprocessing (arXiv 2312.07950): outliers scaled, or truncated.
 
-    ``activations`` folds factors of outlier channels, ``weights`` truncates outlier weights.
+    ``activations`` folds factors of outlier channels, ``weights`` truncates outlier weights; with
+    ``judge`` each only where it lowers the layer's output error.
     """
 
     kind: Literal["cfp"] = "cfp"
@@ -53,7 +54,7 @@ class Cfp(Strict):
     power: float = Field(0.5, ge=0, le=1)
     gap: bool = True
     per_channel: bool = False
-    judge: bool = False
+    judge: bool = True
 
 
 class Rotate(Strict):

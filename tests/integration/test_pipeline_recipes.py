@@ -143,7 +143,7 @@ def test_cfp_is_compared_with_the_float_model(llama: Path, text: Path, tmp_path:
     activations = {"kind": "per_token"}
     plain = run(llama, text, tmp_path / "a", custom(weights=weights, activations=activations))
     # Candidates from the third quartile on: up to a quarter of all weights goes.
-    cfp = {"kind": "cfp", "fence": 0.0, "gap": False}
+    cfp = {"kind": "cfp", "fence": 0.0, "gap": False, "judge": False}
     result = run(
         llama,
         text,

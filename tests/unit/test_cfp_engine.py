@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 def test_weights_alone_are_truncated_in_every_planned_layer(folder: Path) -> None:
     engine = Engine(
         folder,
-        transforms=[{"kind": "cfp", "activations": False}],
+        transforms=[{"kind": "cfp", "activations": False, "judge": False}],
         ignore=["k_proj"],
     )
     records = engine.transform()
@@ -100,7 +100,7 @@ def test_weights_without_a_fold_are_truncated_too(tmp_path: Path) -> None:
     engine = Engine(
         tiny_folder(tmp_path / "x", "gpt_neox"),
         activations={"kind": "per_token"},
-        transforms=[{"kind": "cfp"}],
+        transforms=[{"kind": "cfp", "judge": False}],
     )
     assert any(g.source is None for g in engine.plan.structure.groups)
     records = engine.transform()
@@ -113,7 +113,7 @@ def test_scaling_alone_leaves_the_block_unchanged(folder: Path) -> None:
     engine = Engine(
         folder,
         activations={"kind": "per_token"},
-        transforms=[{"kind": "cfp", "weights": False}],
+        transforms=[{"kind": "cfp", "weights": False, "judge": False}],
     )
     maxima = {s.group.name: s.column_maximum(skip_massive=False) for s in engine.states}
     records = engine.transform()
@@ -146,7 +146,8 @@ def test_float_inputs_are_not_scaled(folder: Path) -> None:
 
 def test_weights_are_truncated_before_the_fold(folder: Path) -> None:
     """The fold makes columns of outlier channels large: those are no outliers of the weights."""
-    engine = Engine(folder, activations={"kind": "per_token"}, transforms=[{"kind": "cfp"}])
+    cfp = {"kind": "cfp", "judge": False}
+    engine = Engine(folder, activations={"kind": "per_token"}, transforms=[cfp])
     records = engine.transform()
     first = next(i for i, r in enumerate(records) if "chosen" in r)
     assert all("layer" in r for r in records[:first])
@@ -160,7 +161,7 @@ def test_judged_truncation_is_never_worse(folder: Path) -> None:
     engine = Engine(
         folder,
         weights={"bits": 8, "group": 16},
-        transforms=[{"kind": "cfp", "activations": False, "judge": True}],
+        transforms=[{"kind": "cfp", "activations": False}],
     )
     records = engine.transform()
     json.dumps(records, allow_nan=False)
@@ -173,6 +174,14 @@ def test_judged_truncation_is_never_worse(folder: Path) -> None:
     assert len(changed) < len(records)  # at 8 bits a weight 40 times the others is worth its range
 
 
+def test_a_truncation_that_nothing_judges_is_not_made(folder: Path) -> None:
+    engine = Engine(folder, transforms=[{"kind": "cfp", "activations": False}])
+    engine.states = []
+    records = engine.transform()
+    assert not engine.changed()
+    assert [r["truncated"] for r in records] == [0.0] * len(engine.plan.layers)
+
+
 def test_recipe_reads_cfp() -> None:
     recipe = Recipe.parse({"transforms": [{"kind": "cfp", "power": 0.7, "spread": 2}]}, "mine")
-    assert recipe.transforms == (Cfp(power=0.7, spread=2.0),)
+    assert recipe.transforms == (Cfp(power=0.7, spread=2.0, judge=True),)

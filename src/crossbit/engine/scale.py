@@ -166,6 +166,9 @@ def _truncate(
         state = by_layer.get(name)
         if result.limit is None:
             continue
+        if state is None and config.judge:
+            record.update(truncated=0.0, weight_change=0.0, limit=None)
+            continue
         if state is not None:
             problem = replace(
                 _problem(block, plan, state, config), weights=[weight], grids=[layer.weights]

@@ -23,6 +23,8 @@ of the magnitudes alone:
   just thins out every split of a few reserved values, whose variance is next to nothing, beats
   all others, and every candidate becomes an outlier. Truncating those does harm (in about one
   matrix of eight of SmolLM2-135M: 2 to 5 % of its weights), so ``gap`` is the default for weights.
+- With ``judge`` a factor or a truncation stays only where it lowers the layer's output error. A
+  weight far from all others may be what the model cannot do without: see docs/cbq.md.
 - Quartiles are interpolated linearly between order statistics of all magnitudes: a sample would
   not survive a permutation, and `torch.quantile` refuses more than 16 million values.
 """
