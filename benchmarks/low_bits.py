@@ -3,8 +3,9 @@
     python -m benchmarks.low_bits --text wikitext2-test.txt --work DIR --peer .venv-peer/bin/python
 
 Settings are bits, group and symmetry of the blocks' linear layers; embedding and head stay in
-float on every side. One result a row, so that a stopped benchmark goes on where it was; a peer
-that fails is a result too. The machine must be idle if the seconds are to mean anything.
+float on every side. One result a row, so that a stopped benchmark goes on where it was: with ours
+in the middle of a row too. A peer that fails is a result as well. The machine must be idle if the
+seconds are to mean anything.
 """
 
 from __future__ import annotations
@@ -168,9 +169,11 @@ def run_peer(args: argparse.Namespace, method: str, setting: Setting, out: Path)
 def run_ours(
     args: argparse.Namespace, recipe: str, settings: tuple[str, ...], out: Path
 ) -> dict[str, Any]:
-    """Quantize with crossbit."""
-    took, _ = quantized("demo", recipe, settings, out, budget=(args.samples, args.length))
-    return {**took, "scale_bits": None}
+    """Quantize with crossbit; seconds and memory of a run that was resumed are not its own."""
+    resumed = out.with_name(f"{out.name}.crossbit-work").exists()
+    budget = (args.samples, args.length)
+    took, _ = quantized("demo", recipe, settings, out, budget=budget, resume=True)
+    return {**took, "resumed": resumed, "scale_bits": None}
 
 
 def ids_file(args: argparse.Namespace) -> Path:
@@ -214,8 +217,12 @@ def measured(
     ids: torch.Tensor,
     original: list[float],
 ) -> dict[str, Any]:
-    """Quantize into a folder of the work folder, evaluate it, remove it."""
-    out: Path = args.work / f"low-bits-{about['setting']}-{about['method']}"
+    """Quantize into a folder of the work folder, evaluate it, remove it.
+
+    A run of ours that was stopped goes on from its own work folder, a peer's begins anew.
+    """
+    name = f"low-bits-{about['setting']}-{about['method']}-{args.samples}x{args.length}"
+    out: Path = args.work / name
     shutil.rmtree(out, ignore_errors=True)
     budget = {"samples": args.samples, "length": args.length, "windows": len(ids)}
     made = {**about, **budget, **quantize(out)}

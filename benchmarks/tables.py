@@ -175,10 +175,12 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
             lines.append(f"{head} failed: {message} | | | | | |")
             continue
         other = f" ({100 * row['per_token']['loss']:+.2f} %)" if "per_token" in row else ""
+        resumed = row.get("resumed", False)
+        cost = "| " if resumed else f"{row['seconds']:.0f} | {row['peak_rss'] / 1e6:.0f}"
         lines.append(
             f"{head} {row['perplexity']:.3f} | {100 * row['loss']:+.2f} %{other} | "
             f"{100 * row['loss_stderr']:.2f} | {row['bits_per_weight']:.2f} | "
-            f"{row['seconds']:.0f} | {row['peak_rss'] / 1e6:.0f} |"
+            f"{cost} |"
         )
     return [*lines, ""]
 
