@@ -53,6 +53,8 @@ def quantized(
     options = f"--recipe {recipe}{samples} --seed {seed}".split() + changed
     program = str(Path(sys.executable).with_name("crossbit"))
     log = out.with_name(f"{out.name}.log")
+    work = out.with_name(f"{out.name}.crossbit-work")
+    resumed = work.exists() or out.exists()  # finished, but not evaluated
     where = ["--out", str(out), *(["--resume"] if resume else [])]
     found = measure([program, "quantize", model, *options, *where], log=log)
     described = f"crossbit quantize {Path(model).name} {' '.join(options)}"
@@ -62,6 +64,8 @@ def quantized(
     return {
         "command": described,
         "kind": made["kind"],
+        # Then neither seconds nor memory are those of a whole run.
+        "resumed": resume and resumed,
         "seconds": made["time"]["stages"]["quantize"],
         "process_seconds": found.wall_seconds,
         # Of this process alone, verification too; what other jobs take of the machine is not in it.

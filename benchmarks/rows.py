@@ -56,10 +56,8 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
     """Quantize, evaluate the folder, remove it."""
     preset, changes = table.rows[row]
     out: Path = args.work / result_name(table.name, row, seed)
-    work = out.with_name(f"{out.name}.crossbit-work")
     # Settings, so that a row can have its own.
     budget = (f"calibration.samples={table.samples}", f"calibration.length={table.length}")
-    resumed = work.exists() or out.exists()  # finished, but not evaluated
     # Work that is refused stays where it is: the message says what to do, and it may be hours.
     settings = (*budget, *table.settings, *changes)
     took, made = quantized(table.model, preset, settings, out, seed=seed, resume=True)
@@ -74,7 +72,7 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
         "settings": [*table.settings, *changes],
         "samples": made["recipe"]["calibration"]["samples"],
         "length": made["recipe"]["calibration"]["length"],
-        "resumed": resumed,
+        "resumed": took["resumed"],
         "losses": found["losses"],
         "perplexity": found["value"],
         "stderr": found["stderr"],

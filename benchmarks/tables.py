@@ -175,8 +175,8 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
             lines.append(f"{head} failed: {message} | | | | | |")
             continue
         other = f" ({100 * row['per_token']['loss']:+.2f} %)" if "per_token" in row else ""
-        resumed = row.get("resumed", False)
-        cost = "| " if resumed else f"{row['seconds']:.0f} | {row['peak_rss'] / 1e6:.0f}"
+        whole = not row.get("resumed", False)
+        cost = f"{row['seconds']:.0f} | {row['peak_rss'] / 1e6:.0f}" if whole else "| "
         lines.append(
             f"{head} {row['perplexity']:.3f} | {100 * row['loss']:+.2f} %{other} | "
             f"{100 * row['loss_stderr']:.2f} | {row['bits_per_weight']:.2f} | "
@@ -248,9 +248,8 @@ def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
         "WikiText-2 raw test, 40 windows of 2048, exported integers (`python -m",
         "benchmarks.ablation`). A row that is not listed was not run. CPU seconds are those of the",
         "whole command on one thread, verification included, where taken. +- is the error of the",
-        "text's windows alone, the largest of the seeds: what another seed of calibration and",
-        "training changes (in one row 1.3 %) is not in it, so no difference of one seed below",
-        "that is a finding.",
+        "text's windows alone, the largest of the seeds. What another seed of calibration and",
+        "training changes is not in it, and can be more: compare the rows that have two.",
     ]
     return parts(results, "ablation", ABLATION, heading, base=ABLATION_BASE)
 

@@ -485,7 +485,9 @@ def test_bad_settings(setting: str, message: str, cli: Cli, source: Path, tmp_pa
 
 
 def test_a_seed_may_be_large(llama: Path, text: Path, tmp_path: Path) -> None:
-    train(llama, text, tmp_path / "out", recipe(objective={"window": 3}), seed=2**63 - 1)
+    chosen = recipe(objective={"window": 3})
+    result = train(llama, text, tmp_path / "out", chosen, seed=2**63 - 1)
+    assert result["verify"]["passed"]
 
 
 def test_objectives_that_nothing_follows_are_mentioned(

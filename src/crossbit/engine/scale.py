@@ -166,21 +166,22 @@ def _truncate(
         state = by_layer.get(name)
         if result.limit is None:
             continue
-        if state is None and config.judge:
-            record.update(truncated=0.0, weight_change=0.0, limit=None)
-            continue
+        problem = None
         if state is not None:
-            problem = replace(
-                _problem(block, plan, state, config), weights=[weight], grids=[layer.weights]
-            )
-            exact = replace(problem, grids=[None], activations=None)
-            (record["output_change"],) = cfp.truncation_errors(exact, [result.weight])
-            if config.judge:
+            own = _problem(block, plan, state, config)
+            problem = replace(own, weights=[weight], grids=[layer.weights])
+        if config.judge:
+            refused = True  # without calibration nothing speaks for it
+            if problem is not None:
                 kept, truncated = cfp.truncation_errors(problem, [weight, result.weight])
                 record["losses"] = {"kept": kept, "truncated": truncated}
-                if kept <= truncated:
-                    record.update(truncated=0.0, weight_change=0.0, limit=None, output_change=0.0)
-                    continue
+                refused = kept <= truncated
+            if refused:
+                record.update(truncated=0.0, weight_change=0.0, limit=None, output_change=0.0)
+                continue
+        if problem is not None:
+            exact = replace(problem, grids=[None], activations=None)
+            (record["output_change"],) = cfp.truncation_errors(exact, [result.weight])
         block.get_submodule(name).get_parameter("weight").copy_(result.weight)
     return records
 
