@@ -295,7 +295,7 @@ CHOICES: list[dict[str, Any]] = [
     },
     {
         "activations": A8,
-        "transforms": [{"kind": "cross_fold"}, {"kind": "cfp"}],
+        "transforms": [{"kind": "cross_fold"}, {"kind": "cfp", "judge": False}],
         "weights": {"bits": 4, "group": 16, "symmetric": False},
     },
 ]
