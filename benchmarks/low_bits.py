@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.measure import measure
-from benchmarks.peer_folders import activations, bits_per_weight, folder_losses, widen_scales
+from benchmarks.peer_folders import activations, bits_per_weight, folder_losses
 from benchmarks.quantizing import cleaned, failure, quantized
 from benchmarks.store import once
 from crossbit.corpora import calibration_windows, evaluation_windows, load_text
@@ -47,11 +47,9 @@ class Setting:
     @property
     def overrides(self) -> tuple[str, ...]:
         """What makes a recipe of crossbit have these weights."""
-        # Packed asymmetric weights are exported with float32 scales only.
-        wide = () if self.symmetric else ("weights.scale_dtype=float32",)
         group = f"weights.group={self.group or 'channel'}"
         symmetric = f"weights.symmetric={str(self.symmetric).lower()}"
-        return (f"weights.bits={self.bits}", group, symmetric, *wide)
+        return (f"weights.bits={self.bits}", group, symmetric)
 
 
 SETTINGS = {
@@ -234,7 +232,6 @@ def measured(
     made = {**about, **budget, **quantize(out)}
     if "failed" in made:
         return made
-    widen_scales(out)
     try:
         made |= scored(folder_losses(out, ids), original)
         made["bits_per_weight"] = bits_per_weight(out, made["scale_bits"])

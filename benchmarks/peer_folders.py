@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crossbit.activations.grid import ActivationGrid
@@ -89,26 +87,6 @@ def folder_losses(folder: Path, ids: Tensor, *, kind: str | None = None) -> list
         quantize = input_quantizer(int(described["bits"]), kind or str(described["kind"]))
         source = InputQuantized(source, quantize)
     return window_losses(source, ids, Reporter(quiet=True), folder.name)
-
-
-def widen_scales(folder: Path) -> None:
-    """Store the scales of asymmetric weights in float32, which is exact.
-
-    Crossbit reads packed asymmetric weights with float32 scales only, because readers round the
-    dequantized values to the dtype of the scale. A code of a few bits times a bfloat16 scale has
-    one rounding either way, so the bfloat16 weights that are evaluated stay the peer's.
-    """
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-            names = list(opened.keys())
-            if not any(name.endswith("weight_zero_point") for name in names):
-                continue
-            tensors = {name: opened.get_tensor(name) for name in names}
-        for name in names:
-            if name.endswith(".weight_scale"):
-                tensors[name] = tensors[name].float()
-        save_file(tensors, str(file), metadata=metadata)
 
 
 def bits_per_weight(folder: Path, scale_bits: int | None = None) -> float:

@@ -31,7 +31,6 @@ PRESETS = (
 )
 ASYMMETRIC = (
     "weights.symmetric=false",
-    "weights.scale_dtype=float32",
     *FLOAT_HEAD,
 )
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {

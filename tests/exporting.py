@@ -18,7 +18,7 @@ from crossbit.activations.grid import ActivationGrid
 from crossbit.export.compressed_tensors import module_tensors, quantization_config
 from crossbit.export.scheme import QuantScheme
 from crossbit.export.shards import ShardWriter
-from crossbit.grid import Grid, QTensor, fit_minmax, quantize
+from crossbit.grid import Grid, QTensor, as_read, fit_minmax, quantize
 from crossbit.models.experts import checkpoint_name, is_expert
 from crossbit.models.families import family_of
 from crossbit.verification import VerifyRecord, file_digests, own_logits, sketch_logits
@@ -54,8 +54,8 @@ def everywhere(
         if is_expert(name):
             return QuantScheme(replace(weights, scale_dtype=torch.float32), None, "expert")
         if _is_head(name):
-            return QuantScheme(weights) if head else None
-        return QuantScheme(weights, activations)
+            return QuantScheme(as_read(weights)) if head else None
+        return QuantScheme(as_read(weights, float_inputs=activations is None), activations)
 
     return choose
 

@@ -101,7 +101,7 @@ TUNED = recipe(
 # The same with steps alone in the end, from shares of ranges; coarse enough for training to help.
 HELD = recipe(
     {"limits": "range", "start": {"kind": "rtn"}},
-    weights={"bits": 3, "group": 16, "symmetric": False, "scale_dtype": "float32"},
+    weights={"bits": 3, "group": 16, "symmetric": False},
     embedding=None,
     head=None,
     end_to_end={"epochs": 2, "batch": 2, "hold": True, "step": 0.003},

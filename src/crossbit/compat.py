@@ -85,8 +85,7 @@ def _default_divisor(activations: Activations) -> bool:
 def _one_packed_scheme(recipe: Recipe) -> bool:
     weights = recipe.weights
     return (
-        weights.scale_dtype == "float32"
-        and weights.group not in ("auto", "tensor")
+        weights.group not in ("auto", "tensor")
         and recipe.embedding is None
         and recipe.head is None
         and not any(o.weights or o.activations for o in recipe.overrides)
@@ -179,8 +178,8 @@ RULES: tuple[Rule, ...] = (
             and not _one_packed_scheme(r)
         ),
         "asymmetric weights without quantized activations: transformers reloads their packed zero "
-        "points only if the whole model has that one scheme, with float32 scales",
-        "weights {symmetric: false, scale_dtype: float32, group: channel or a number} with "
+        "points only if the whole model has that one scheme",
+        "weights {symmetric: false, group: channel or a number} with "
         "embedding: null, head: null and no overrides; symmetric weights; or quantized activations",
     ),
     Rule(

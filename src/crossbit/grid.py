@@ -19,7 +19,7 @@ whatever its own sign, and the step is that magnitude / 2^(b-1) with nothing cli
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -47,6 +47,8 @@ class Grid:
             2^(bits - 1) if signed.
         signed: symmetric grids: the scale may be negative, so that the extreme of larger
             magnitude gets the code of larger magnitude.
+        rounded: values are rounded to ``scale_dtype`` too, as readers of some formats do, so that
+            what is evaluated is what they run.
     """
 
     bits: int = 4
@@ -56,6 +58,7 @@ class Grid:
     scale_dtype: torch.dtype = field(default=torch.bfloat16)
     divisor: float | None = None
     signed: bool = False
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -107,6 +110,15 @@ class Grid:
         """A short name, such as "4-bit symmetric g64"."""
         shape = f"g{self.group_size}" if self.strategy == "group" else f"per {self.strategy}"
         return f"{self.bits}-bit {'symmetric' if self.symmetric else 'asymmetric'} {shape}"
+
+
+def as_read(grid: Grid, *, float_inputs: bool = True) -> Grid:
+    """The grid with the rounding of values that readers of its file add (transformers 5.23).
+
+    Where a weight has packed zero points, which is so for asymmetric weights of layers with float
+    inputs, they multiply in the dtype of the stored scale.
+    """
+    return replace(grid, rounded=float_inputs and not grid.symmetric)
 
 
 def signed_by_default(bits: int, symmetric: bool) -> bool:
@@ -199,7 +211,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gr
     values = grouped(codes, grid).float()
     if zero_point is not None:
         values -= zero_point.float().unsqueeze(-1)
-    return (values * scale.float().unsqueeze(-1)).reshape(codes.shape)
+    values *= scale.float().unsqueeze(-1)
+    if grid.rounded:
+        values = values.to(grid.scale_dtype).float()
+    return values.reshape(codes.shape)
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -212,7 +227,7 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid
 
     The gradient reaches ``weight`` only where the code did not saturate; ``scale`` gets the
     gradient of ``scale * code`` with the rounding treated as the identity (LSQ's).
-    Forward equals ``dequantize(quantize(...))`` for float32 scales.
+    Forward equals ``dequantize(quantize(...))`` for float32 scales, but for what ``rounded`` does.
     """
     s = scale.float().unsqueeze(-1)
     codes = round_ste(grouped(weight.float(), grid) / s)

@@ -41,7 +41,7 @@ SOLVER: dict[str, Any] = {
 ALONE = {"window": 1, "overlap": 0}
 FAST: dict[str, Any] = {"epochs": 2, "batch": 2, "range": 0.05, "expansion": 0.01}
 ASYMMETRIC: dict[str, Any] = {
-    "weights": {"bits": 2, "group": 16, "symmetric": False, "scale_dtype": "float32"},
+    "weights": {"bits": 2, "group": 16, "symmetric": False},
     "embedding": None,
     "head": None,
 }

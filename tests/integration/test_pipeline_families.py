@@ -18,7 +18,6 @@ from crossbit.output import read_result
 G16, G32 = "weights.group=16", "weights.group=32"
 ASYMMETRIC = (
     "weights.symmetric=false",
-    "weights.scale_dtype=float32",
     "embedding=null",
     "head=null",
 )
@@ -36,6 +35,7 @@ EVERYTHING = (
     *FOUR_BITS,
     ("gptq-w4a16", G16),
     ("gptq-w4a16", G16, *ASYMMETRIC),
+    ("rtn-w4a16", G16, *ASYMMETRIC, "weights.scale_dtype=float16"),
     ("crossquant-w4a8-g64", G32, "weights.symmetric=false"),
     ("rtn-w8a8-static",),
     ("crossquant-w4a4-channel",),

@@ -17,7 +17,7 @@ from crossbit.recipe import Recipe, preset_names
 A8 = {"bits": 8, "kind": "per_token"}
 FOLD = [{"kind": "cross_fold"}]
 TENSOR = {"bits": 8, "group": "tensor"}
-FLOAT_SCALES = {"symmetric": False, "scale_dtype": "float32"}
+ASYMMETRIC = {"symmetric": False}
 DYNAMIC = {"kind": "cross_dynamic"}
 GPTQ, ROUNDING = {"kind": "gptq"}, {"kind": "rounding"}
 NOTHING = {"parameter": "none", "steps": False}
@@ -230,20 +230,19 @@ CASES: list[Case] = [
     ),
 ]
 OTHERWISE: list[dict[str, Any]] = [
-    {"weights": {**FLOAT_SCALES, "group": 64}, "embedding": None, "head": None},
+    {"weights": {**ASYMMETRIC, "group": 64}, "embedding": None, "head": None},
     {"weights": {"symmetric": False, "group": 64}, "activations": A8},
     {"weights": {"group": 64}},
 ]
 OUTSIDES: list[dict[str, Any]] = [
     {},
-    {"embedding": None, "head": None},
     {"activations": DYNAMIC},
 ]
 CASES += [
     (
         9,
         {"weights": {"symmetric": False, "group": 64}, **outside},
-        ("float32", "embedding: null", "symmetric weights"),
+        ("embedding: null", "symmetric weights"),
         OTHERWISE,
     )
     for outside in OUTSIDES
@@ -251,11 +250,11 @@ CASES += [
 NOT_ONE_SCHEME: list[dict[str, Any]] = [
     {"head": None},
     {"embedding": None},
-    {"embedding": None, "head": None, "weights": {**FLOAT_SCALES, "group": "auto"}},
+    {"embedding": None, "head": None, "weights": {**ASYMMETRIC, "group": "auto"}},
     {"embedding": None, "head": None, "overrides": [{"match": "q_proj", "weights": {}}]},
 ]
 CASES += [
-    (9, {"weights": FLOAT_SCALES, **rest}, ("channel or a number", "no overrides"), [])
+    (9, {"weights": ASYMMETRIC, **rest}, ("channel or a number", "no overrides"), [])
     for rest in NOT_ONE_SCHEME
 ]
 CFP_A8 = {"transforms": [{"kind": "cfp"}], "activations": A8}

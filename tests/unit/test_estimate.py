@@ -291,8 +291,7 @@ def test_what_the_process_holds_is_added() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("base", ["rtn-w4a16", "crossquant-w8a8", TRAINED], ids=str)
 def test_every_family_has_finite_estimates(family: str, base: Any) -> None:
-    extra = ("weights.scale_dtype=float32",)
-    found = estimate(description(recipe_of(*extra, base=base), family, large=False), held=0)
+    found = estimate(description(recipe_of(base=base), family, large=False), held=0)
     assert all(math.isfinite(v) and v > 0 for v in (*found.memory.values(), found.disk.work))
     assert {kind for work in found.work.values() for kind in work} <= set(KINDS)
 

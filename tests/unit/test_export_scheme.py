@@ -22,7 +22,7 @@ from crossbit.errors import InputError
 from crossbit.export.compressed_tensors import module_tensors, quantization_config
 from crossbit.export.scheme import INT, PACKED, QuantScheme
 from crossbit.export.targets import compact, matches, resolve
-from crossbit.grid import Grid
+from crossbit.grid import Grid, as_read
 
 LAYERS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"]
 NAMES = [f"model.layers.{i}.{leaf}" for i in (0, 1, 10) for leaf in LAYERS]
@@ -153,6 +153,8 @@ def test_experts_are_all_alike_or_refused() -> None:
         (lambda: QuantScheme(CHANNEL8, TOKEN8, "embedding"), "embedding"),
         (lambda: QuantScheme(CHANNEL8, TOKEN8, "expert"), "experts"),
         (lambda: QuantScheme(CHANNEL8, None, "expert"), "float32"),
+        (lambda: QuantScheme(Grid(4, False, "channel")), "rounds its values"),
+        (lambda: QuantScheme(replace(CHANNEL8, rounded=True), TOKEN8), "does not round"),
         (lambda: QuantScheme(Grid(4, False, "channel"), None, "expert"), "symmetric"),
     ],
 )
@@ -162,7 +164,7 @@ def test_what_no_reader_executes_is_refused(make: Any, reason: str) -> None:
 
 
 def test_packed_zero_points_stand_alone() -> None:
-    asymmetric = QuantScheme(Grid(4, False, "group", 32, torch.float32))
+    asymmetric = QuantScheme(as_read(Grid(4, False, "group", 32)))
     assert asymmetric.format == PACKED
     quantization_config({"a": asymmetric, "b": asymmetric})
     with pytest.raises(InputError, match="asymmetric"):
@@ -190,19 +192,17 @@ def test_library_decompresses_to_codes_times_scale(
 ) -> None:
     """The library's own decompression of our tensors, against float64 arithmetic."""
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(3))
+    grid = as_read(grid, float_inputs=inputs is None)
     q = round_to_nearest(weight, grid)
     assert bool((q.scale < 0).any()) == grid.signed
-    if not grid.symmetric and inputs is None and grid.scale_dtype != torch.float32:
-        with pytest.raises(InputError, match="float32"):
-            QuantScheme(grid)
-        return
     scheme = QuantScheme(grid, inputs)
     stored = module_tensors("m", q, scheme)
     config = quantization_config({"m": scheme})
     group = QuantizationConfig.model_validate(config).config_groups["group_0"]
     local = {n.removeprefix("m."): t.clone() for n, t in stored.items()}
-    # On loading, scales are cast to the dtype of the model, here float32.
-    local["weight_scale"] = local["weight_scale"].float()
+    if not grid.rounded:
+        # On loading, scales are cast to the dtype of the model, here float32.
+        local["weight_scale"] = local["weight_scale"].float()
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     found = compressor.decompress(local, group)["weight"]
     zero = (
@@ -211,7 +211,9 @@ def test_library_decompresses_to_codes_times_scale(
         else q.zero_point.double().repeat_interleave(48 // q.zero_point.shape[1], dim=1)
     )
     scale = q.scale.double().repeat_interleave(48 // q.scale.shape[1], dim=1)
-    assert torch.equal(found, ((q.codes.double() - zero) * scale).float())
+    values = (q.codes.double() - zero) * scale
+    assert torch.equal(found, values.to(local["weight_scale"].dtype))
+    assert torch.equal(found.float(), q.dequantize())
 
 
 def test_tied_head_stores_its_scale_only(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
-from crossbit.grid import Grid
+from crossbit.grid import Grid, as_read
 from crossbit.models.experts import is_expert
 from crossbit.models.structure import (
     BlockStructure,
@@ -132,10 +132,12 @@ def make_plan(structure: ModelStructure, recipe: Recipe, width: int) -> ModelPla
                 # Readers fuse experts: they give them float inputs, and round their weights to
                 # the dtype of the stored scale. What is evaluated is what they will run.
                 grid, activations = replace(grid, scale_dtype=torch.float32), None
+            inputs = activations.grid() if activations else None
+            float_inputs = inputs is None or inputs.research
             layers[info.name] = LayerPlan(
                 info,
-                grid,
-                activations.grid() if activations else None,
+                as_read(grid, float_inputs=float_inputs),
+                inputs,
                 activations,
                 first_solver(solver),
                 rounding,

@@ -227,7 +227,7 @@ class Probe:
         try:
             grid.groups(columns)
         except InputError:
-            return Grid(grid.bits, grid.symmetric, "channel", None, grid.scale_dtype, grid.divisor)
+            return replace(grid, strategy="channel", group_size=None)
         return grid
 
     def products(self, kinds: set[str]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 
 from crossbit.activations.grid import ActivationGrid
 from crossbit.errors import InputError
-from crossbit.grid import Grid
+from crossbit.grid import Grid, as_read
 
 Role = Literal["linear", "expert", "embedding"]
 Format = Literal["pack-quantized", "int-quantized"]
@@ -45,12 +45,16 @@ class QuantScheme:
             )
         if self.role == "expert" and not self.weights.symmetric:
             raise InputError("experts are exported with symmetric weights only; set symmetric")
-        rounded = self.role == "expert" or (not self.weights.symmetric and self.format == PACKED)
-        if rounded and self.weights.scale_dtype != torch.float32:
-            what = "experts" if self.role == "expert" else "packed asymmetric weights"
+        if self.role == "expert" and self.weights.scale_dtype != torch.float32:
             raise InputError(
-                f"{what} need scale_dtype float32: transformers rounds their values to the dtype "
+                "experts need scale_dtype float32: transformers rounds their values to the dtype "
                 "of the stored scale"
+            )
+        if self.weights != _as_read(self.weights, self.activations, self.role):
+            what = "does not round" if self.weights.rounded else "rounds"
+            raise InputError(
+                f"{self.weights.describe()} ({self.role}): transformers {what} its values to the "
+                "dtype of the stored scale, unlike the grid; take the grid from as_read"
             )
 
     @property
@@ -144,7 +148,12 @@ def scheme_from_config(
                 "tensor (static); crossbit reads its own"
             )
         activations = ActivationGrid(bits=int(inputs["num_bits"]), kind=kind)  # type: ignore[arg-type]
-    return QuantScheme(grid, activations, role), storage
+    return QuantScheme(_as_read(grid, activations, role), activations, role), storage
+
+
+def _as_read(grid: Grid, activations: ActivationGrid | None, role: Role) -> Grid:
+    float_inputs = activations is None and role != "embedding"
+    return as_read(grid, float_inputs=float_inputs)
 
 
 def _check_activations(grid: ActivationGrid | None) -> None:
