@@ -326,7 +326,7 @@ def test_every_key_may_be_absent_or_of_another_type(
     # The figures' inputs are still prepared; only drawing, which is slow, is left out.
     monkeypatch.setattr(plots, "_svg", lambda name, title, draw, size=(1, 1): "<svg></svg>")
     whole = make()
-    render({})
+    assert Page(render({})).text
     others: list[Any] = [None, "text", [], math.nan, {}, True]
     for k, path in enumerate(all_paths(whole)):
         for change in ("absent", others[k % len(others)]):
@@ -338,8 +338,8 @@ def test_every_key_may_be_absent_or_of_another_type(
                 del node[path[-1]]
             else:
                 node[path[-1]] = change
-            Page(render(result))
-            model_card(result, licence=None, base_model="a/b")
+            assert Page(render(result)).text, path
+            assert parts(model_card(result, licence=None, base_model="a/b"))[1], path
 
 
 def test_text_from_the_result_is_escaped() -> None:
