@@ -76,11 +76,13 @@ _TUNED = ("end_to_end.epochs=2", "end_to_end.rounding=2e-3", "end_to_end.step=1e
 # --length 512 --set objective.overlap=0 --set training.epochs=6 --set training.step=1e-3`` and
 # these: .901 -> .822; ``_TUNED``: no lower; step 1e-2: not below it after one epoch.
 _HELD = ("end_to_end.epochs=2", "end_to_end.hold=true", "end_to_end.step=3e-3")
+_ONCE = ("objective.overlap=0", "training.step=1e-3")
 OURS: dict[str, _Methods] = {
     "w4a16": {
         **_WEIGHTS,
         "cbq": ("cbq-w4a16", ()),
         "cbq-overlap": ("cbq-w4a16", ("objective.overlap=1",)),
+        "cbq-e2e-hold": ("cbq-w4a16+e2e", _HELD),
         "cbq-fisher": ("cbq-w4a16", ("objective.metric=fisher", "objective.overlap=1")),
     },
     "w3a16": {
@@ -90,12 +92,14 @@ OURS: dict[str, _Methods] = {
         "cbq-no-overlap-e2e": ("cbq-w3a16+e2e", ("objective.overlap=0", *_TUNED)),
         "cbq-e2e": ("cbq-w3a16+e2e", _TUNED),
         "cbq-e2e-hold": ("cbq-w3a16+e2e", _HELD),
+        "cbq-no-overlap-e2e-hold": ("cbq-w3a16+e2e", (*_ONCE, *_HELD)),
     },
     "w2a16": {
         **_WEIGHTS,
         "cbq": ("cbq-w2a16", ()),
         "cbq-e2e": ("cbq-w2a16+e2e", ("end_to_end.epochs=2", "end_to_end.step=3e-4")),
         "cbq-e2e-hold": ("cbq-w2a16+e2e", _HELD),
+        "cbq-no-overlap-e2e-hold": ("cbq-w2a16+e2e", (*_ONCE, *_HELD)),
         "cbq-e2e-norms": (
             "cbq-w2a16+e2e",
             ("end_to_end.epochs=2", "end_to_end.step=3e-4", "norms=true"),
