@@ -8,6 +8,7 @@ DEMO_OUT ?= demo-out
 DEMO_RECIPE ?= crossquant-w8a8
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
+WORKERS ?= auto
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -54,8 +55,8 @@ demo: $(STAMP) ## Quantize the embedded model, verify, evaluate and use the resu
 	$(CROSSBIT) generate $(DEMO_OUT) "$(PROMPT)"
 	@echo "report: $(DEMO_OUT)/report.html"
 
-test: $(STAMP) ## Run the tests, without the slow ones.
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: $(STAMP) ## Run the tests, without the slow ones, on WORKERS processes (auto: a CPU each, at most 8).
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-all: $(STAMP) $(SECOND_MODEL) ## Run all tests.
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -45,7 +45,8 @@ ROWS: Rows = {
     f"{PARTS}+weights+cl": (f"{PARTS}+weights+cl", (f"training.rounding={RATES[0]}",)),
     f"{PARTS}+cl, all sequences": (f"{PARTS}+cl", ("objective.ahead_share=1",)),
     f"{PARTS}+lsi": (f"{PARTS}+lsi", ()),
-    **{f"{PARTS} band {k}": (PARTS, _wide("band", k)) for k in (2, 4, 8, 16)},
+    **{f"{PARTS} band {k}": (PARTS, _wide("band", k)) for k in (2, 4, 8, 16, 128)},
+    f"{PARTS} full": (PARTS, ("solver.expansion={kind: full}",)),
     f"{PARTS}+cl111": (f"{PARTS}+cl111", ()),
     f"{PARTS}+cl001": (f"{PARTS}+cl001", ()),
     f"{PARTS}+aug": (f"{PARTS}+aug", ()),
@@ -68,6 +69,8 @@ ROWS: Rows = {
 #   .0729; 2e-1: .0723, .0702. The others have ranges from 2e-1.
 #   with a band of 8, from 1e-2: .0691, .0664; 3e-2: .0674, .0647; 1e-1: .0668, .0640
 #   with a band of 32, from 3e-2: .0643, .0614; 1e-1: .0640, .0602
+#   with a band of 128, from 1e-2: .0653, .0624; 3e-2: .0614, .0578
+#   with all of B, from 3e-2: .0586, .0549; 1e-1: .0593, .0552
 #   with the weights themselves, from 1e-2: .0428, .0396; 3e-2: .0383, .0364
 #   duquant-w4a4: .0212, .0209 (ranges from 3e-2: .0211, .0212)
 #   with a band of 8, from 1e-2: .0208, .0204; 3e-2: .0207, .0202; 1e-1: .0213, .0206
