@@ -26,7 +26,10 @@ from crossbit.rotations.hadamard import apply_hadamard
 from crossbit.solvers.expansion import singular_basis
 
 LWC = ("solver.parameter=none", "solver.limits=range", "solver.start={kind: rtn}")
-WIDTHS = (0, 2, 4, 8, 16, 32)
+EXPANSIONS = {
+    **{f"band {k}": f"{{kind: band, width: {k}}}" for k in (0, 2, 4, 8, 16, 32, 128)},
+    "all of B": "{kind: full}",
+}
 HADAMARD = (576, 1536, 2048, 11008)
 
 
@@ -63,9 +66,8 @@ def measure(rounds: int) -> dict[str, Any]:
     """All figures."""
     found: dict[str, Any] = {}
     plain = Window(LWC)
-    for width in WIDTHS:
-        wide = Window((*LWC, f"solver.expansion={{kind: band, width: {width}}}"))
-        found[f"band {width}"] = ratio(plain, wide, rounds)
+    for name, expansion in EXPANSIONS.items():
+        found[name] = ratio(plain, Window((*LWC, f"solver.expansion={expansion}")), rounds)
     one = Window(LWC, (3,))
     found["look-ahead 2"] = ratio(one, Window(LWC, (3,), ahead=2), rounds)
     found["look-ahead 2, half"] = ratio(one, Window(LWC, (3,), ahead=2, share=0.5), rounds)
