@@ -45,7 +45,7 @@ def test_addons_stand_where_their_transforms_belong() -> None:
 
 
 def test_a_suffix_tunes_any_preset_end_to_end() -> None:
-    """Of its own for 2 bits: the codes held, the rate that was measured. An add-on for the others."""
+    """Of its own for 2 bits, with the codes held; an add-on for the others."""
     named = Recipe.load("cbq-w2a16-e2e")
     held = ["end_to_end.epochs=2", "end_to_end.hold=true", "end_to_end.step=3e-3"]
     added = Recipe.load("cbq-w2a16+e2e", held)
