@@ -98,12 +98,14 @@ TUNED = recipe(
     norms=True,
     end_to_end={"epochs": 2, "batch": 2},
 )
-# The same with steps alone in the end, from shares of ranges; coarse enough for training to help.
+# The same with steps alone in the end, from shares of ranges; coarse enough, and ranges fast enough,
+# for training to help in every window.
 HELD = recipe(
     {"limits": "range", "start": {"kind": "rtn"}},
     weights={"bits": 3, "group": 16, "symmetric": False},
     embedding=None,
     head=None,
+    training={"epochs": 2, "batch": 2, "range": 0.1},
     end_to_end={"epochs": 2, "batch": 2, "hold": True, "step": 0.003},
 )
 # Everything at once: overlapping windows, quantized inputs, both targets, logits.
