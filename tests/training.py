@@ -98,7 +98,7 @@ TUNED = recipe(
     norms=True,
     end_to_end={"epochs": 2, "batch": 2},
 )
-# The same with steps alone in the end, from shares of ranges; coarse enough, and ranges fast enough,
+# The same with steps alone in the end, from shares of ranges; coarse and with ranges fast enough
 # for training to help in every window.
 HELD = recipe(
     {"limits": "range", "start": {"kind": "rtn"}},
