@@ -69,12 +69,14 @@ ROWS: Rows = {
 #   .0729; 2e-1: .0723, .0702. The others have ranges from 2e-1.
 #   with a band of 8, from 1e-2: .0691, .0664; 3e-2: .0674, .0647; 1e-1: .0668, .0640
 #   with a band of 32, from 3e-2: .0643, .0614; 1e-1: .0640, .0602
-#   with a band of 128, from 1e-2: .0653, .0624; 3e-2: .0614, .0578
-#   with all of B, from 3e-2: .0586, .0549; 1e-1: .0593, .0552
+#   with a band of 128, from 1e-2: .0653, .0624; 3e-2: .0614, .0578; 1e-1: .0604, .0562
+#   with all of B, from 3e-2: .0586, .0549; 1e-1: .0593, .0552; 3e-1: .0907, .101
 #   with the weights themselves, from 1e-2: .0428, .0396; 3e-2: .0383, .0364
 #   duquant-w4a4: .0212, .0209 (ranges from 3e-2: .0211, .0212)
 #   with a band of 8, from 1e-2: .0208, .0204; 3e-2: .0207, .0202; 1e-1: .0213, .0206
 #   with a band of 32, from 3e-2: .0203, .0199
+#   with a band of 128, from 3e-2: .0199, .0192; 1e-1: .0207, .0257
+#   with all of B, from 3e-2: .0194, .0185
 BUDGET = (
     *("training.epochs=4", "training.batch=2", "training.schedule=linear"),
     *("training.range=2e-1", "training.expansion=3e-2", "training.let=3e-2"),

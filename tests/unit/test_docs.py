@@ -302,7 +302,8 @@ def test_lines_are_not_endless(name: str) -> None:
 
 @pytest.mark.parametrize("block", PYTHON, ids=where)
 def test_python_blocks_compile(block: Block) -> None:
-    compile(block.text, block.where, "exec")
+    code = compile(block.text, block.where, "exec")
+    assert code.co_names, "a block that names nothing shows nothing"
 
 
 @pytest.fixture(scope="module")
