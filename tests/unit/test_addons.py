@@ -41,7 +41,7 @@ def test_addons_stand_where_their_transforms_belong() -> None:
     assert both.objective.ahead == (1, 0, 1)
     assert isinstance(both.solver, TrainedRounding)
     assert both.solver.expansion is not None
-    assert both.solver.expansion.width == 32
+    assert both.solver.expansion.kind == "full"
 
 
 def test_a_suffix_tunes_any_preset_end_to_end() -> None:
