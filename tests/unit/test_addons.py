@@ -45,12 +45,14 @@ def test_addons_stand_where_their_transforms_belong() -> None:
 
 
 def test_a_suffix_tunes_any_preset_end_to_end() -> None:
-    """Of its own for 2 bits, with the codes held; an add-on for the others."""
-    named = Recipe.load("cbq-w2a16-e2e")
+    """Of its own for 2 and 3 bits, with the codes held; an add-on for the others."""
     held = ["end_to_end.epochs=2", "end_to_end.hold=true", "end_to_end.step=3e-3"]
-    added = Recipe.load("cbq-w2a16+e2e", held)
-    assert named.model_dump(exclude=ALIKE) == added.model_dump(exclude=ALIKE)
-    assert named.name == "cbq-w2a16-e2e"
+    windows = {"cbq-w2a16": [], "cbq-w3a16": ["objective.overlap=0", "training.step=1e-3"]}
+    for preset, changes in windows.items():
+        named = Recipe.load(f"{preset}-e2e")
+        added = Recipe.load(f"{preset}+e2e", [*changes, *held])
+        assert named.model_dump(exclude=ALIKE) == added.model_dump(exclude=ALIKE)
+        assert named.name == f"{preset}-e2e"
     other = Recipe.load("cbq-w4a8-e2e+sde")
     added = Recipe.load("cbq-w4a8+e2e+sde")
     assert other.model_dump(exclude=ALIKE) == added.model_dump(exclude=ALIKE)
