@@ -3,7 +3,8 @@
     python -m benchmarks.plan_accuracy --work DIR [--only demo] [--blocks 3] [--again]
 
 Models: the embedded demo, and random weights in the shape of TinyLlama-1.1B, written shard by shard
-into DIR with the demo's tokenizer. Both commands run as processes of their own, one after the
+into DIR with the demo's tokenizer; ``1b-from-rtn`` is the same with training that starts from round
+to nearest, where it helps on random weights too, so that its best state is saved. Both commands run as processes of their own, one after the
 other; nothing else may run. Memory is RssAnon + RssShmem, every 50 ms. Which stage a sample belongs
 to is read from the files of the work folder, so the run is not touched. ``--blocks`` gives the 1.1B
 model its first blocks only, for a quick look; ``--again`` measures anew what is stored.
@@ -54,6 +55,11 @@ TINYLLAMA: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     # TinyLlama's are 32 000; the demo's tokenizer gives ids up to this.
     "vocab_size": 49152,
+}
+# The 1.1B model's labels, and the settings of each.
+BILLION = {
+    "1b": ("training.epochs=1",),
+    "1b-from-rtn": ("training.epochs=1", "solver.start={kind: rtn}"),
 }
 # What the run's stages are called in a prediction.
 PREDICTED = {
@@ -275,7 +281,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
-    parser.add_argument("--only", default="demo,1b", help="models: demo, 1b")
+    parser.add_argument("--only", default="demo,1b", help="models: demo, 1b, 1b-from-rtn")
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--blocks", type=int, default=TINYLLAMA["num_hidden_layers"])
     parser.add_argument("--again", action="store_true", help="measure anew what is stored")
@@ -286,17 +292,17 @@ def main() -> None:
         if label == "demo":
             config = json.loads((resolve_model("demo").path / "config.json").read_text("utf8"))
             models[label] = "demo", int(config["num_hidden_layers"])
-        elif label == "1b":
+        elif label in BILLION:
             config = {**TINYLLAMA, "num_hidden_layers": args.blocks}
             folder = synthetic(args.work / f"tinyllama-{args.blocks}", config)
             models[label] = str(folder), args.blocks
         else:
-            parser.error(f"--only {label}: give demo, 1b")
+            parser.error(f"--only {label}: give demo, {', '.join(BILLION)}")
     for label, (model, blocks) in models.items():
         for recipe in args.recipes.split(","):
-            settings = ["--set", "training.epochs=1"] if label == "1b" else []
+            settings = [word for setting in BILLION.get(label, ()) for word in ("--set", setting)]
             cut = f"-{blocks}-blocks" if blocks < TINYLLAMA["num_hidden_layers"] else ""
-            cut = cut if label == "1b" else ""
+            cut = cut if label in BILLION else ""
             name = f"plan-{label}{cut}-{recipe}"
             if args.again:
                 (RESULTS / f"{name}.json").unlink(missing_ok=True)
