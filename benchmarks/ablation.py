@@ -37,6 +37,8 @@ PARTS: Rows = {
     "windows of 4, overlap 2": ("cbq-w4a16", ("objective.window=4", "objective.overlap=2")),
     "expanding ends": ("cbq-w4a16", ("objective.expand=ends",)),
     "homologous": ("cbq-w4a16", ("objective.homologous=1.0",)),
+    # The next three start from round to nearest too.
+    "windows of 2, from rtn": ("cbq-w4a16", (RTN,)),
     "AdaRound": ("cbq-w4a16", ADAROUND),
     "LoRA-Rounding, straight-through": ("cbq-w4a16", LORA),
     "LoRA-Rounding, literal": ("cbq-w4a16", LITERAL),
@@ -45,7 +47,7 @@ PARTS: Rows = {
     "KL": ("cbq-w4a16", ("objective.kl=1.0",)),
     "steps fixed": ("cbq-w4a16", ("solver.steps=false",)),
 }
-# Beyond CBQ's parts, and the full budget: run when they are named.
+# Beyond CBQ's parts: run when they are named. The full budget is a row of benchmarks.low_bits.
 BEYOND: Rows = {
     "mean norm": ("cbq-w4a16", ("objective.norm=mean",)),
     "token norm": ("cbq-w4a16", ("objective.norm=token",)),
@@ -59,7 +61,6 @@ BEYOND: Rows = {
     "8 bits, CFP unjudged": ("rtn-w8a16", ("embedding=null", "head=null", *UNJUDGED)),
     "AWQ's scales": ("cbq-w4a16", ("transforms=[{kind: awq_scale}]",)),
     "everything at once": ("cbq-w4a16+union", ()),
-    "full budget": ("cbq-w4a16", ("calibration.samples=128", "calibration.length=1024")),
 }
 ROWS: Rows = {**PARTS, **BEYOND}
 LONG = tuple(BEYOND)

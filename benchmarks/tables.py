@@ -158,7 +158,9 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
         "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
         "compressed-tensors, which all the others use. Bits count codes, scales and zero points:",
         "rows of ours with asymmetric weights have scales of 32 or, measured later, of 16 bits.",
-        "Epochs and rate of the end-to-end row were chosen on the embedded text.",
+        "Epochs and rates of the end-to-end rows were chosen on the embedded text. At W3A16",
+        "`cbq-no-overlap-e2e-hold`, at W2A16 `cbq-e2e-hold` is the preset `cbq-w3a16-e2e`,",
+        "`cbq-w2a16-e2e`; `best` is `best-w4a4`, per channel `best-w4a4-channel`.",
         "",
         "| setting | method | tokens | perplexity | loss | +- | bits a weight | s | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -209,17 +211,18 @@ def parts(
     lines = [
         *heading,
         "",
-        f"| row | kind | loss, each seed | +- |{against} windows kept as they were | CPU s | "
-        "peak MB |",
+        f"| row | kind | loss, each seed | +- |{against} windows kept as they were | "
+        "CPU s, each seed | peak MB, each seed |",
         "|---|---|---|---|---|---|---|" + ("---|---|" if base else ""),
     ]
     for name in [name for name in rows if name in known]:
         runs = sorted(known[name], key=lambda r: r["seed"])
         paired = [paired_loss(r["losses"], original["losses"]) for r in runs]
-        peak = max(r["peak_rss"] for r in runs) / 1e6
+        # What was resumed took more before, of time and of memory.
+        runs_whole = [r for r in runs if not r["resumed"]]
+        peak = ", ".join(f"{r['peak_rss'] / 1e6:.0f}" for r in runs_whole)
         # Of the whole command; the seconds that pass are those of whatever else the machine does.
-        spent = [r["cpu_seconds"] for r in runs if "cpu_seconds" in r and not r["resumed"]]
-        cpu = f"{max(spent):.0f}" if spent else ""
+        cpu = ", ".join(f"{r['cpu_seconds']:.0f}" for r in runs_whole if "cpu_seconds" in r)
         kept = [sum(not w["after"] < w["before"] for w in r["windows"]) for r in runs]
         compared = ""
         if base:
@@ -227,7 +230,7 @@ def parts(
             compared = f" {_paired([paired_loss(r['losses'], bases[r['seed']]) for r in both])} |"
         lines.append(
             f"| {name} | {runs[0].get('kind', 'plain')} | {_paired(paired)} |{compared} "
-            f"{', '.join(map(str, kept))} | {cpu} | {peak:.0f} |"
+            f"{', '.join(map(str, kept))} | {cpu} | {peak} |"
         )
     return [*lines, ""]
 
@@ -246,10 +249,15 @@ def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
         "SmolLM2-135M-Instruct, W4A16 in groups of 64, embedding and head in bf16, 32 x 512 tokens",
         "of the embedded text, 3 epochs, windows without overlap unless a row says otherwise;",
         "WikiText-2 raw test, 40 windows of 2048, exported integers (`python -m",
-        "benchmarks.ablation`). A row that is not listed was not run. CPU seconds are those of the",
-        "whole command on one thread, verification included, where taken. +- is the error of the",
-        "text's windows alone, the largest of the seeds. What another seed of calibration and",
-        "training changes is not in it, and can be more: compare the rows that have two.",
+        "benchmarks.ablation`). A row that is not listed was not run. AdaRound and LoRA-Rounding",
+        "start from round to nearest, as windows of 2, from rtn do; the other rows that train from",
+        "GPTQ's codes. The full budget, 128 x 1024 tokens, is `ours-cbq` in the table above. +- is",
+        "the error of the text's windows alone, the largest of the seeds. What another seed of",
+        "calibration and training changes is not in it, and can be more: compare the rows that",
+        "have two. CPU seconds are those of the whole command on one thread, verification included;",
+        "neither they nor the resident memory, which counts mapped files, are shown of runs that",
+        "were stopped and resumed. Seeds were run on days on which the machine was not equally",
+        "fast: compare the CPU seconds of one seed only, and training memory by the next table.",
     ]
     return parts(results, "ablation", ABLATION, heading, base=ABLATION_BASE)
 

@@ -29,7 +29,8 @@ def train(model: Path, text: Path, out: Path, name: str, *settings: str) -> dict
 def test_the_presets_that_are_promised_are_there() -> None:
     weights = [f"cbq-w{bits}a16{form}" for bits in (4, 3, 2) for form in ("", "-channel")]
     both = ["cbq-w4a8", "cbq-w6a6", "cbq-w4a4", "cbq-w4a4-channel"]
-    paper = [f"cbq-paper-{bits}" for bits in ("w4a16", "w2a16", "w4a8", "w4a4")]
+    widths = ("w4a16", "w3a16", "w2a16", "w4a8", "w6a6", "w4a4")
+    paper = [f"cbq-paper-{bits}" for bits in widths]
     assert {*weights, *both, *paper} <= set(PRESETS)
 
 
