@@ -4,10 +4,11 @@
 
 Models: the embedded demo, and random weights in the shape of TinyLlama-1.1B, written shard by shard
 into DIR with the demo's tokenizer; ``1b-from-rtn`` is the same with training that starts from round
-to nearest, where it helps on random weights too, so that its best state is saved. Both commands run as processes of their own, one after the
-other; nothing else may run. Memory is RssAnon + RssShmem, every 50 ms. Which stage a sample belongs
-to is read from the files of the work folder, so the run is not touched. ``--blocks`` gives the 1.1B
-model its first blocks only, for a quick look; ``--again`` measures anew what is stored.
+to nearest, where it helps on random weights too, so that its best state is saved. Both commands run
+as processes of their own, one after the other; nothing else may run. Memory is RssAnon + RssShmem,
+every 50 ms. Which stage a sample belongs to is read from the files of the work folder, so the run
+is not touched. ``--blocks`` gives the 1.1B model its first blocks only, for a quick look;
+``--again`` measures anew what is stored.
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ def steps(text: str, work: str, peer: str | None) -> list[list[str]]:
     if peer:
         found.append(["gptq_peer", *common, *theirs])
     found += [["verify_schemes", *at], ["plan_accuracy", *at], ["scaling", *at]]
-    found.append(["plan_accuracy", *at, "--only", "1b", "--blocks", "4"])
+    # The first two and the last windows of cbq-w4a16, and its disk where training helps.
+    trained = ["--recipes", "cbq-w4a16"]
+    found.append(["plan_accuracy", *at, "--only", "1b", "--blocks", "6", *trained])
+    found.append(["plan_accuracy", *at, "--only", "1b-from-rtn", "--blocks", "4", *trained])
     found += [["train_step"], ["cqe_cost"], ["ablation", *common], ["cqe", *common]]
     found.append(["second", *common, "--seeds", "0"])
     for table, rows in (("ablation", ablation.LONG), ("cqe", cqe.LONG)):

@@ -17,17 +17,10 @@ from benchmarks.second import MODEL as SECOND_MODEL
 from benchmarks.second import ROWS as SECOND
 from benchmarks.tables_cost import cost, cqe_cost, plan, scaling, training_step
 from benchmarks.tables_cqe import plug_in
+from benchmarks.tables_low_bits import low_bits
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
 
 HERE = Path(__file__).parent
-LOW_BITS = {
-    "w4a16": "W4A16",
-    "w3a16": "W3A16 asymmetric",
-    "w2a16": "W2A16 asymmetric",
-    "w4a8": "W4A8",
-    "w4a4-g64": "W4A4",
-    "w4a4": "W4A4 per channel",
-}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -139,54 +132,6 @@ def peer(results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Low-bit recipes and the peers at the same settings."""
-    found = [r for name, r in results.items() if name.startswith("low-bits-")]
-    if not found:
-        return []
-    windows = ", ".join(str(n) for n in sorted({r["windows"] for r in found}))
-    lines = [
-        "### Low bits against peers",
-        "",
-        "SmolLM2-135M-Instruct, the blocks' linear layers alone (embedding and head in bf16 on",
-        f"every side); calibration on the embedded Wikipedia text; {windows} windows of 2048 of",
-        "the WikiText-2 raw test (`python -m benchmarks.low_bits`, whole commands in the results);",
-        "exported integers, read by crossbit's own loader alone in rows that say online; groups of",
-        "64 unless the setting says per channel. Seconds are indicative: most rows ran on one",
-        "thread beside another job; threads and load are in the results.",
-        "Inputs are quantized per token. AutoRound's own input grid (signed step, row maximum on",
-        "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
-        "compressed-tensors, which all the others use. Bits count codes, scales and zero points:",
-        "rows of ours with asymmetric weights have scales of 32 or, measured later, of 16 bits.",
-        "Epochs and rates of the end-to-end rows were chosen on the embedded text. At W3A16",
-        "`cbq-no-overlap-e2e-hold`, at W2A16 `cbq-e2e-hold` is the preset `cbq-w3a16-e2e`,",
-        "`cbq-w2a16-e2e`; `best` is `best-w4a4`, per channel `best-w4a4-channel`.",
-        "",
-        "| setting | method | tokens | perplexity | loss | +- | bits a weight | s | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    order = {setting: place for place, setting in enumerate(LOW_BITS)}
-    for row in sorted(found, key=lambda r: (order[r["setting"]], r.get("loss", float("inf")))):
-        budget = f"{row['samples']} x {row['length']}"
-        online = " (online)" if row.get("kind") == "online" else ""
-        # Not what the recipe does by itself: the command says so, and the table.
-        token = ", token norm" if "objective.norm=token" in row.get("command", "") else ""
-        head = f"| {LOW_BITS[row['setting']]} | {row['method']}{online}{token} | {budget} |"
-        if "failed" in row:
-            message = row["failed"].replace("|", "/")
-            lines.append(f"{head} failed: {message} | | | | | |")
-            continue
-        other = f" ({100 * row['per_token']['loss']:+.2f} %)" if "per_token" in row else ""
-        whole = not row.get("resumed", False)
-        cost = f"{row['seconds']:.0f} | {row['peak_rss'] / 1e6:.0f}" if whole else "| "
-        lines.append(
-            f"{head} {row['perplexity']:.3f} | {100 * row['loss']:+.2f} %{other} | "
-            f"{100 * row['loss_stderr']:.2f} | {row['bits_per_weight']:.2f} | "
-            f"{cost} |"
-        )
-    return [*lines, ""]
-
-
 def parts(
     results: dict[str, dict[str, Any]],
     table: str,
@@ -254,10 +199,10 @@ def ablation(results: dict[str, dict[str, Any]]) -> list[str]:
         "GPTQ's codes. The full budget, 128 x 1024 tokens, is `ours-cbq` in the table above. +- is",
         "the error of the text's windows alone, the largest of the seeds. What another seed of",
         "calibration and training changes is not in it, and can be more: compare the rows that",
-        "have two. CPU seconds are those of the whole command on one thread, verification included;",
-        "neither they nor the resident memory, which counts mapped files, are shown of runs that",
-        "were stopped and resumed. Seeds were run on days on which the machine was not equally",
-        "fast: compare the CPU seconds of one seed only, and training memory by the next table.",
+        "have two. CPU seconds are those of the whole command on one thread, verification",
+        "included; neither they nor the resident memory, which counts mapped files, are shown of",
+        "runs that were stopped and resumed. The machine was not equally fast on all days: compare",
+        "seconds roughly, and the memory of what is trained by the table of an optimiser step.",
     ]
     return parts(results, "ablation", ABLATION, heading, base=ABLATION_BASE)
 

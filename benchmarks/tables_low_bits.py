@@ -1,0 +1,95 @@
+"""The table of low-bit recipes: ours of every line of work, and the peers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cqe import ROWS as CQE
+from benchmarks.rows import result_name
+from crossbit.evaluation.statistics import paired_loss
+
+LOW_BITS = {
+    "w4a16": "W4A16",
+    "w3a16": "W3A16 asymmetric",
+    "w2a16": "W2A16 asymmetric",
+    "w4a8": "W4A8",
+    "w4a4-g64": "W4A4",
+    "w4a4": "W4A4 per channel",
+}
+# The settings of the bases of benchmarks.cqe, whose budget and seed 0 are this table's too.
+CQE_SETTINGS = {
+    "omniquant-w2a16": "w2a16",
+    "omniquant-w3a16": "w3a16",
+    **{f"{base}-w4a4": "w4a4-g64" for base in ("omniquant", "duquant", "prefixquant")},
+    **{f"{base}-w4a4-channel": "w4a4" for base in ("omniquant", "duquant", "prefixquant")},
+}
+
+
+def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Low-bit recipes and the peers at the same settings."""
+    found = [r for name, r in results.items() if name.startswith("low-bits-")]
+    original = results.get("demo-original-40")
+    if not found or original is None:
+        return []
+    windows = ", ".join(str(n) for n in sorted({r["windows"] for r in found}))
+    found += _of_cqe(results, original["losses"])
+    lines = [
+        "### Low bits against peers",
+        "",
+        "SmolLM2-135M-Instruct, the blocks' linear layers alone (embedding and head in bf16 on",
+        f"every side); calibration on the embedded Wikipedia text; {windows} windows of 2048 of",
+        "the WikiText-2 raw test (`python -m benchmarks.low_bits`, whole commands in the results);",
+        "exported integers, read by crossbit's own loader alone in rows that say online; groups of",
+        "64 unless the setting says per channel. Seconds are indicative: most rows ran on one",
+        "thread beside another job; threads and load are in the results.",
+        "Inputs are quantized per token. AutoRound's own input grid (signed step, row maximum on",
+        "the code -2^(b-1)) is evaluated as it was tuned; in brackets the loss on the grid of",
+        "compressed-tensors, which all the others use. Bits count codes, scales and zero points:",
+        "rows of ours with asymmetric weights have scales of 32 or, measured later, of 16 bits.",
+        "Epochs and rates of the end-to-end rows were chosen on the embedded text. At W3A16",
+        "`cbq-no-overlap-e2e-hold`, at W2A16 `cbq-e2e-hold` is the preset `cbq-w3a16-e2e`,",
+        "`cbq-w2a16-e2e`; `best` is `best-w4a4`, per channel `best-w4a4-channel`. Rows of",
+        "OmniQuant, DuQuant and PrefixQuant are those of seed 0 of the table of CQE+ below.",
+        "",
+        "| setting | method | tokens | perplexity | loss | +- | bits a weight | s | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = {setting: place for place, setting in enumerate(LOW_BITS)}
+    for row in sorted(found, key=lambda r: (order[r["setting"]], r.get("loss", float("inf")))):
+        budget = f"{row['samples']} x {row['length']}"
+        online = " (online)" if row.get("kind") == "online" else ""
+        # Not what the recipe does by itself: the command says so, and the table.
+        token = ", token norm" if "objective.norm=token" in row.get("command", "") else ""
+        head = f"| {LOW_BITS[row['setting']]} | {row['method']}{online}{token} | {budget} |"
+        if "failed" in row:
+            message = row["failed"].replace("|", "/")
+            lines.append(f"{head} failed: {message} | | | | | |")
+            continue
+        other = f" ({100 * row['per_token']['loss']:+.2f} %)" if "per_token" in row else ""
+        whole = not row.get("resumed", False)
+        cost = f"{row['seconds']:.0f} | {row['peak_rss'] / 1e6:.0f}" if whole else "| "
+        lines.append(
+            f"{head} {row['perplexity']:.3f} | {100 * row['loss']:+.2f} %{other} | "
+            f"{100 * row['loss_stderr']:.2f} | {_bits(row)} | {cost} |"
+        )
+    return [*lines, ""]
+
+
+def _of_cqe(results: dict[str, dict[str, Any]], original: list[float]) -> list[dict[str, Any]]:
+    """The rows of presets and add-ons of benchmarks.cqe, in the form of this table's."""
+    found = []
+    for row, (recipe, changes) in CQE.items():
+        made = results.get(result_name("cqe", row, 0))
+        setting = CQE_SETTINGS.get(recipe.partition("+")[0])
+        if made is None or setting is None or changes:
+            continue
+        loss = paired_loss(made["losses"], original)
+        found.append(
+            {**made, "setting": setting, "method": row, "loss": loss.value}
+            | {"loss_stderr": loss.stderr}
+        )
+    return found
+
+
+def _bits(row: dict[str, Any]) -> str:
+    return f"{row['bits_per_weight']:.2f}" if "bits_per_weight" in row else ""
