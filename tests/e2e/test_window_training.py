@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 BLOCKS = 4
 FLOAT_ENDS = ["embedding=null", "head=null", "evaluation.windows=0", "calibration.holdout=0.25"]
 BLOCKWISE = ["objective.window=1", "objective.overlap=0"]
+SHARING = ["objective.window=2", "objective.overlap=1"]
 RTN = ["solver.start={kind: rtn, clip: mse}"]
 
 
@@ -60,10 +61,11 @@ def last_error(model: Path, out: Path, seed: int, settings: list[str]) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_each_step_of_the_method_helps(beginning: Path, tmp_path: Path, seed: int) -> None:
-    """Training lowers the error on sequences that it did not see, and so does its start.
+    """Round to nearest, single blocks, windows that share one: each lowers the error on sequences
+    that training did not see, and so does the start from GPTQ's codes.
 
-    Windows against single blocks are not asserted: on so little text, and from round to nearest,
-    single blocks end lower.
+    From round to nearest, on so little text, single blocks end lower than windows: their order is
+    asserted from GPTQ's codes, where the presets start.
     """
 
     def error(name: str, *settings: str) -> float:
@@ -71,8 +73,11 @@ def test_each_step_of_the_method_helps(beginning: Path, tmp_path: Path, seed: in
 
     rounded = error("rounded", *BLOCKWISE, *RTN, "training.epochs=0")
     blockwise = error("blockwise", *BLOCKWISE, *RTN)
-    windows = error("windows", *RTN)
-    from_gptq = error("from-gptq")
+    windows = error("windows", *RTN, *SHARING)
+    blockwise_from_gptq = error("blockwise-from-gptq", *BLOCKWISE)
+    from_gptq = error("from-gptq", *SHARING)
+    print(rounded, blockwise, windows, blockwise_from_gptq, from_gptq)
     assert blockwise < 0.95 * rounded
     assert windows < 0.95 * rounded
+    assert from_gptq < blockwise_from_gptq
     assert from_gptq < windows
