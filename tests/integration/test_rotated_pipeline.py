@@ -238,6 +238,7 @@ def test_what_was_measured_is_the_folder(online: Any, tied: Path) -> None:
     found = crossbit.evaluate(
         str(out), text="embedded", length=32, windows=2, against=str(tied), execution="fake"
     )
+    assert (found["kind"], found["against"]["kind"]) == ("online", None)
     assert found["paired"]["loss"] == pytest.approx(recorded["paired"]["loss"], rel=1e-3)
     ids = torch.arange(192).reshape(6, 32)
     losses, fake = (torch.tensor(losses_of(out, ids, execution=e)) for e in ("integer", "fake"))
@@ -245,6 +246,16 @@ def test_what_was_measured_is_the_folder(online: Any, tied: Path) -> None:
     # moves the loss of one window is chance, not so the mean of several.
     assert float(losses.mean()) == pytest.approx(float(fake.mean()), rel=1e-2)
     assert losses.tolist() == pytest.approx(fake.tolist(), rel=3e-2)
+
+
+def test_its_figure_is_labelled(online: Any, tied: Path, cli: Cli, tmp_path: Path) -> None:
+    out, file = online[0], tmp_path / "e.json"
+    options = ("--length", "32", "--windows", "2", "--json", file)
+    ran = cli("evaluate", tied, "--against", out, *options)
+    assert ran.code == 0, ran.err
+    assert ran.out.count("(online)") == 1
+    found = json.loads(file.read_text())
+    assert (found["kind"], found["against"]["kind"]) == (None, "online")
 
 
 def test_it_generates(online: Any, cli: Cli) -> None:
