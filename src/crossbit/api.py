@@ -39,6 +39,15 @@ def local_folder(model: str, revision: str | None = None) -> Path:
     return resolve_model(model, revision=revision).path
 
 
+def result_kind(folder: Path) -> str | None:
+    """Plain, online or research, for a folder that crossbit quantized; None for any other."""
+    config = read_config(folder)
+    if is_research(config):
+        return str(config.get("crossbit_kind", "research"))
+    ours = (folder / RESULT_FILE).is_file() and "quantization_config" in config
+    return "plain" if ours else None
+
+
 def evaluate(
     model: str,
     *,
@@ -74,7 +83,8 @@ def evaluate(
         quiet: print nothing.
 
     Returns:
-        {"perplexity": {"text", "tokens", "value", "stderr", ...}, "against", "paired", "tasks"}.
+        {"kind", "perplexity": {"text", "tokens", "value", "stderr", ...}, "against", "paired",
+        "tasks"}; the kind is that of a result of crossbit's (plain, online or research), else None.
 
     Raises:
         InputError: bad input. WorkError: a loss that is not finite.
@@ -120,6 +130,7 @@ def evaluate(
     value = perplexity(losses)
     result: dict[str, Any] = {
         "model": model,
+        "kind": result_kind(folder),
         "perplexity": {
             "text": corpus.name,
             "tokens": int(ids.numel()),
@@ -142,7 +153,11 @@ def evaluate(
             reporter=reporter,
             title="evaluating --against",
         )
-        result["against"] = {"model": against, **estimate(perplexity(reference), "value")}
+        result["against"] = {
+            "model": against,
+            "kind": result_kind(other),
+            **estimate(perplexity(reference), "value"),
+        }
         result["against"]["losses"] = reference
         result["paired"] = estimate(paired_loss(losses, reference), "loss")
     if tasks:

@@ -377,10 +377,10 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     found = result["perplexity"]
     table = Table("model", "perplexity", "standard error")
     error = found["stderr"]
-    table.add_row(result["model"], f"{found['value']:.4f}", _number(error))
+    table.add_row(_with_kind(result), f"{found['value']:.4f}", _number(error))
     if "against" in result:
         other = result["against"]
-        table.add_row(other["model"], f"{other['value']:.4f}", _number(other["stderr"]))
+        table.add_row(_with_kind(other), f"{other['value']:.4f}", _number(other["stderr"]))
     console = Console()
     console.print(table)
     if "paired" in result:
@@ -396,6 +396,11 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     )
     for task, metrics in result.get("tasks", {}).items():
         console.print(f"{task}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+
+def _with_kind(row: dict[str, Any]) -> str:
+    """The name of a model; what crossbit quantized is called plain, online or research."""
+    return str(row["model"]) + ("" if row["kind"] is None else f" ({row['kind']})")
 
 
 def _number(value: float | None) -> str:

@@ -207,6 +207,8 @@ def test_evaluate_json(cli: Cli, place: Path, tmp_path: Path) -> None:
     ratio = found["value"] / result["against"]["value"]
     assert result["paired"]["loss"] == pytest.approx(ratio - 1, rel=1e-9)
     assert f"{found['value']:.4f}" in ran.out
+    assert (result["kind"], result["against"]["kind"]) == ("plain", None)
+    assert ran.out.count("(plain)") == 1
 
 
 def test_evaluate_one_window_has_no_error(cli: Cli, place: Path, tmp_path: Path) -> None:

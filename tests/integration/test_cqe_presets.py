@@ -14,18 +14,26 @@ from tests.tiny import BLOCKS
 from tests.training import interrupted_at, train, weights_of
 
 from crossbit import Recipe
+from crossbit.compat import windows_of
 from crossbit.engine import window
-from crossbit.recipe import DuQuant, TrainedRounding, preset_names
+from crossbit.engine.live import parameters_of
+from crossbit.engine.window import train_window
+from crossbit.recipe import DuQuant, preset_names
 
 pytestmark = pytest.mark.usefixtures("quick", "no_collection")
 
 FAMILIES = ("omniquant-", "duquant-", "prefixquant-", "best-")
-NAMES = [*(n for n in preset_names() if n.startswith(FAMILIES)), "w4a4kv4", "w8a8kv8"]
-BASES = ("duquant-w4a4", "prefixquant-w4a4")
+UNIONS = ("best-w4a4-plain+union", "best-w4a4+union", "cbq-w4a4+cfp+union")
+NAMES = [*(n for n in preset_names() if n.startswith(FAMILIES)), "w4a4kv4", "w8a8kv8", *UNIONS]
+BASES = ("omniquant-w2a16", "omniquant-w4a4", "duquant-w4a4", "prefixquant-w4a4")
+RESUMED = [
+    *((f"{base}+sde+cl", moment) for base in BASES for moment in ((0, 3), (1, 2))),
+    (UNIONS[1], (3, 2)),  # of windows 0, 01, 012, 12, 2
+]
 Made = Callable[[str], tuple[Path, dict[str, Any]]]
 
 
-def small(name: str) -> Recipe:
+def small(name: str, *more: str) -> Recipe:
     """The recipe of a preset with add-ons, shrunk to a tiny model and a few steps."""
     chosen = Recipe.load(name)
     settings = ["evaluation.windows=0"]
@@ -33,14 +41,12 @@ def small(name: str) -> Recipe:
         settings.append("weights.group=16")
     if chosen.trains:
         settings.append("training.epochs=2")
-    if isinstance(chosen.solver, TrainedRounding) and chosen.solver.expansion is not None:
-        settings.append("solver.expansion.width=8")  # keys have 32 directions
     for number, transform in enumerate(chosen.transforms):
         if isinstance(transform, DuQuant):
             settings += [f"transforms.{number}.block=16", f"transforms.{number}.steps=8"]
     if chosen.prefix is not None:
         settings.append("prefix.ratio=20")
-    return Recipe.load(name, settings)
+    return Recipe.load(name, [*settings, *more])
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +71,8 @@ def test_presets_run(name: str, made: Made) -> None:
     chosen = Recipe.load(name)
     assert result["kind"] == chosen.kind
     assert {layer["bits"] for layer in result["layers"]} == {chosen.weights.bits}
-    windows = BLOCKS + 1 - chosen.objective.window if chosen.trains else 0
-    assert len(result["training"]) == windows
+    windows = windows_of(chosen, BLOCKS) if chosen.trains else []
+    assert [row["blocks"] for row in result["training"]] == [[w.start, w.stop - 1] for w in windows]
     online = json.loads((out / "config.json").read_text()).get("crossbit_online", {})
     rotation = chosen.rotation
     assert bool(online.get("hadamard")) == (rotation is not None and rotation.down)
@@ -85,13 +91,30 @@ def test_each_add_on_makes_another_result(base: str, made: Made) -> None:
         assert any(record["best_at"] for record in made(name)[1]["training"])
 
 
-@pytest.mark.parametrize("moment", [(0, 3), (1, 2)], ids=str)
-@pytest.mark.parametrize("base", BASES)
-def test_with_both_it_resumes_to_the_same_bytes(
-    base: str, moment: tuple[int, int], made: Made, llama: Path, text: Path, tmp_path: Path
+def test_weights_that_are_trained_go_beyond_the_next_code(
+    llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Offsets are in steps; a reach of 1, as of the rounding alone, would end there."""
+    offsets: list[float] = []
+
+    def watched(*args: Any) -> Any:
+        found = train_window(*args)
+        known = parameters_of(args[3])
+        offsets.extend(float(known[n].abs().max()) for n in known if n.endswith("/offset"))
+        return found
+
+    monkeypatch.setattr("crossbit.engine.loop.train_window", watched)
+    long = ("training.epochs=16", "training.rounding=0.1")
+    train(llama, text, tmp_path / "out", small("omniquant-w2a16+weights", *long))
+    assert max(offsets) > 1
+
+
+@pytest.mark.parametrize(("name", "moment"), RESUMED, ids=str)
+def test_it_resumes_to_the_same_bytes(
+    name: str, moment: tuple[int, int], made: Made, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     """Singular directions, frozen blocks behind the window, and what turns inputs or a prefix."""
-    name, out = f"{base}+sde+cl", tmp_path / "out"
+    out = tmp_path / "out"
     with interrupted_at(moment):
         train(llama, text, out, small(name))
     train(llama, text, out, small(name), resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.cqe import DUQUANT, FLOAT_ENDS, TURN, TURNED, TURNED_AND_TRAINED, perplexity
 from tests.pipelines import custom, run, shorten
+from tests.rotated import llama_folder
 from tests.tiny import BLOCKS
 from tests.training import A8, killed_and_resumed, train, weights_of
 
@@ -232,6 +234,54 @@ def test_a_float_input_is_not_rotated(llama: Path, text: Path, tmp_path: Path) -
         "duquant: no rotation of the input of gate_proj, up_proj "
         "(gate_proj, which is not quantized, reads it too)"
     )
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose down_proj reads 67 channels, which no block size below divides."""
+    path = tmp_path_factory.mktemp("odd") / "model"
+    return llama_folder(path, hidden_size=64, intermediate_size=67)
+
+
+ODD: dict[str, Any] = {
+    **DUQUANT,
+    "weights": {"bits": 4, "group": "channel"},
+    "solver": {"kind": "gptq"},
+    "evaluation": {"windows": 0},
+}
+NO_BLOCK = (
+    "duquant: no rotation of the input of down_proj (67 channels cannot be split into rotation "
+    "blocks of 2 to 32 channels; ask for larger blocks)"
+)
+
+
+def test_a_width_that_no_block_divides_is_left_out(odd: Path, text: Path, tmp_path: Path) -> None:
+    """The other inputs are rotated; the plan and the report say what is not, and why."""
+    chosen, out = custom(**ODD), tmp_path / "out"
+    planned = crossbit.plan(str(odd), chosen, out=out, calibration=str(text), samples=4, length=32)
+    assert planned["kind"] == "online"
+    result = run(odd, text, out, chosen, settings=())
+    for notes in (planned["notes"], result["warnings"]):
+        assert [note for note in notes if note.startswith("duquant: ")] == [NO_BLOCK]
+    rotations = json.loads((out / "config.json").read_text())["crossbit_online"]["rotations"]
+    assert len(rotations) == 6 * 2
+    assert not any("down_proj" in name for name in rotations)
+    turns = [f for f in result["folds"] if f["kind"] == "duquant"]
+    skipped = {f["group"]: f["skipped"] for f in turns if "skipped" in f}
+    assert skipped == {"down": NO_BLOCK.partition("(")[2].removesuffix(")")}
+    assert result["verify"]["passed"] is True
+    assert verify(out).passed
+
+
+def test_with_nothing_to_rotate_it_is_refused(odd: Path, text: Path, tmp_path: Path) -> None:
+    floats = [{"match": m, "activations": "none"} for m in ("*.self_attn.*", "*_proj")]
+    floats.append({"match": "down_proj", "activations": DUQUANT["activations"]})
+    for overrides, words in ((floats, NO_BLOCK), (floats[:2], "any input: none is quantized")):
+        chosen = custom(**ODD, overrides=overrides)
+        with pytest.raises(InputError, match=rf"{re.escape(words)}; leave it out") as failure:
+            run(odd, text, tmp_path / "out", chosen, settings=())
+        assert "\n" not in str(failure.value)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("config", [{"kind": "smooth", "targets": "all"}, {"kind": "awq_scale"}])

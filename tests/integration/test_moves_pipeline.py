@@ -116,6 +116,28 @@ def test_weights_really_move(
             assert 0 < distance < steps * rates[name], (layer, name)
 
 
+def test_blocks_of_the_leading_directions_are_trained(
+    llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the recipe to a verified folder; the last of the blocks is smaller than the others."""
+    moved: list[float] = []
+
+    def see(blocks: Sequence[TrainedBlock]) -> None:
+        for _, layer in layers_of(blocks):
+            assert layer.state.basis is not None
+            assert layer.state.basis.s.numel() == 23
+            inner = layer.state.parameters["expansion"]
+            assert inner.shape == (5, 5, 5)
+            moved.append(float(inner.abs().max()))
+
+    watch(monkeypatch, see)
+    chosen = moving({"expansion": {"kind": "blocks", "width": 5, "rank": 23}})
+    result = train(llama, text, tmp_path / "out", chosen)
+    assert result["verify"]["passed"] is True
+    assert len(moved) == LAYERS * BLOCKS
+    assert all(moved)
+
+
 def test_moves_change_the_result(finished: dict[str, Path], llama: Path, text: Path) -> None:
     plain = moving({"expansion": None})
     out = uninterrupted(finished["w4"].with_name("plain"), llama, text, plain)

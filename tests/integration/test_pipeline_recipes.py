@@ -106,6 +106,7 @@ def test_research_folders_open_in_crossbit_only(
         str(out), text="embedded", length=32, windows=2, against=str(llama)
     )
     recorded = result["evaluation"]
+    assert (evaluated["kind"], evaluated["against"]["kind"]) == ("research", None)
     assert evaluated["perplexity"]["value"] == pytest.approx(recorded["quantized"]["perplexity"])
     assert evaluated["paired"]["loss"] == pytest.approx(recorded["paired"]["loss"])
     assert recorded["path"] == "fake-quant"

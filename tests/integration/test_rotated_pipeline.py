@@ -137,13 +137,27 @@ def test_a_plain_rotation_loads_in_transformers(
     assert model.config.tie_word_embeddings is False
 
 
-@pytest.mark.parametrize("down", [False, True], ids=["plain", "online"])
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
-def test_with_8_bits_nothing_is_lost(family: str, down: bool, text: Path, tmp_path: Path) -> None:
-    """Through folds too: no factor goes to a layer whose output is mixed before it is read."""
-    model = tiny_folder(tmp_path / "model", family)
+@pytest.mark.parametrize(
+    ("family", "rotate"),
+    [
+        *((family, rotate) for family in ("llama", "qwen2_moe") for rotate in (ROTATE, ONLINE)),
+        ("48 channels", {**ONLINE, "keys": True}),
+    ],
+    ids=["llama", "llama-online", "qwen2_moe", "qwen2_moe-online", "12, 48 and 96 channels"],
+)
+def test_with_8_bits_nothing_is_lost(
+    family: str, rotate: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    """Through folds too: no factor goes to a layer whose output is mixed before it is read.
+
+    So it is with widths, and heads, that are no powers of two.
+    """
+    if family == "48 channels":
+        model = llama_folder(tmp_path / "model", hidden_size=48, intermediate_size=96)
+    else:
+        model = tiny_folder(tmp_path / "model", family)
     chosen = custom(
-        transforms=[{**ROTATE, "down": down}, {"kind": "awq_scale"}],
+        transforms=[rotate, {"kind": "awq_scale"}],
         weights={"bits": 8, "group": 16, "scale_dtype": "float32"},
         embedding=None,
         head=None,
@@ -152,8 +166,12 @@ def test_with_8_bits_nothing_is_lost(family: str, down: bool, text: Path, tmp_pa
     assert abs(result["evaluation"]["paired"]["loss"]) < 0.02
     assert all(block["relative_error"] < 0.05 for block in result["blocks"])
     skipped = {f["group"] for f in result["folds"] if "run time" in f.get("skipped", "")}
-    assert ("down" in skipped or "shared_expert.down" in skipped) is down
+    assert ("down" in skipped or "shared_expert.down" in skipped) is rotate.get("down", False)
     assert "o" not in skipped
+    if rotate.get("keys"):
+        online = config_of(tmp_path / "out")["crossbit_online"]
+        assert (online["keys"], set(online["hadamard"].values())) == (True, {96})
+        assert not any("rotated" in note for note in result["warnings"])
 
 
 def test_norms_that_do_not_commute_are_said(text: Path, tmp_path: Path) -> None:
@@ -238,6 +256,7 @@ def test_what_was_measured_is_the_folder(online: Any, tied: Path) -> None:
     found = crossbit.evaluate(
         str(out), text="embedded", length=32, windows=2, against=str(tied), execution="fake"
     )
+    assert (found["kind"], found["against"]["kind"]) == ("online", None)
     assert found["paired"]["loss"] == pytest.approx(recorded["paired"]["loss"], rel=1e-3)
     ids = torch.arange(192).reshape(6, 32)
     losses, fake = (torch.tensor(losses_of(out, ids, execution=e)) for e in ("integer", "fake"))
@@ -245,6 +264,16 @@ def test_what_was_measured_is_the_folder(online: Any, tied: Path) -> None:
     # moves the loss of one window is chance, not so the mean of several.
     assert float(losses.mean()) == pytest.approx(float(fake.mean()), rel=1e-2)
     assert losses.tolist() == pytest.approx(fake.tolist(), rel=3e-2)
+
+
+def test_its_figure_is_labelled(online: Any, tied: Path, cli: Cli, tmp_path: Path) -> None:
+    out, file = online[0], tmp_path / "e.json"
+    options = ("--length", "32", "--windows", "2", "--json", file)
+    ran = cli("evaluate", tied, "--against", out, *options)
+    assert ran.code == 0, ran.err
+    assert ran.out.count("(online)") == 1
+    found = json.loads(file.read_text())
+    assert (found["kind"], found["against"]["kind"]) == (None, "online")
 
 
 def test_it_generates(online: Any, cli: Cli) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 from benchmarks.ablation import ROWS, SETTINGS
+from tests.tiny import tiny_config
 
-from crossbit.compat import check_recipe
+from crossbit.compat import check_recipe, warnings
 from crossbit.errors import InputError
+from crossbit.models.shell import Shell
 from crossbit.recipe import Recipe, TrainedRounding
 from crossbit.recipe_files import addon_names, addon_summary, recipe_text
 
@@ -59,6 +61,19 @@ def test_a_suffix_tunes_any_preset_end_to_end() -> None:
     assert other.name == "cbq-w4a8-e2e+sde"
     assert yaml.safe_load(recipe_text("cbq-w4a8-e2e"))["end_to_end"]["epochs"] == 1
     assert "did you mean 'cbq-w" in refused("cbq-w4a9-e2e")
+
+
+@pytest.mark.parametrize("preset", ["cbq-w4a16", "best-w4a4-plain", "omniquant-w4a4"])
+def test_a_union_starts_where_its_ranges_begin(preset: str) -> None:
+    """From GPTQ's codes nothing would be left, and the run would say so."""
+    structure = Shell(tiny_config("llama", tied=True)).structure
+    union = Recipe.load(f"{preset}+union")
+    codes = Recipe.load(f"{preset}+union", ["solver.start={kind: gptq}"])
+    told = ["GPTQ's codes" in " ".join(warnings(r, structure)) for r in (union, codes)]
+    assert told == [False, True]
+    assert isinstance(union.solver, TrainedRounding)
+    assert union.solver.expansion is not None
+    assert union.solver.expansion.kind == "full"  # which fits layers of any shape
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,18 @@ def test_what_cannot_be_rotated_is_said() -> None:
     assert all(torch.equal(p, before[n]) for n, p in block.named_parameters())
 
 
+def test_a_width_without_a_block_size_is_left_as_it_is() -> None:
+    plan, block = plan_of(67), Two(67)
+    inputs = {"ab": draw(50, 67), "c": draw(50, 12)}
+    before = {n: p.detach().clone() for n, p in block.named_parameters()}
+    records, rotations = turn_inputs(block, plan, states_of(plan, inputs), CONFIG)
+    assert rotations.keys() == {"c"}
+    assert records[0]["skipped"].startswith("67 channels cannot be split into rotation blocks")
+    assert "skipped" not in records[1]
+    changed = {n for n, p in block.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"c.weight"}
+
+
 @pytest.mark.parametrize("changed", [{"activations": None}, {"planned": ""}])
 def test_inputs_that_are_not_rounded_are_left_alone(changed: dict[str, Any]) -> None:
     plan = plan_of(32, **changed)

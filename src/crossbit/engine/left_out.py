@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 
 from crossbit.engine import let, turn
 from crossbit.engine.plan import BlockPlan
+from crossbit.errors import InputError
 from crossbit.models.structure import InputGroup
 from crossbit.recipe import Recipe
 
 
 def left_out_notes(blocks: Sequence[BlockPlan], recipe: Recipe) -> list[str]:
-    """One note for each of the recipe's transforms that leaves out inputs; others go without."""
+    """One note for each of the recipe's transforms that leaves out inputs; others go without.
+
+    Raises:
+        InputError: DuQuant would rotate no input at all.
+    """
     notes = []
     if (config := recipe.let) is not None:
 
@@ -23,14 +28,19 @@ def left_out_notes(blocks: Sequence[BlockPlan], recipe: Recipe) -> list[str]:
         _add(found, "queries and keys", [reason for reason in pairs if reason])
         if found:
             notes.append(f"let: no trained factors of {_listed(found, len(blocks))}")
-    if recipe.duquant is not None:
+    if (duquant := recipe.duquant) is not None:
 
         def unturned(plan: BlockPlan, group: InputGroup) -> str:
-            return "" if plan.group_activations(group) is None else turn.left_out(plan, group)
+            return turn.left_out(plan, group, duquant) if turn.wanted(plan, group) else ""
 
         found = _inputs(blocks, unturned)
+        what = _listed(found, len(blocks)) if found else "any input: none is quantized"
+        note = f"duquant: no rotation of {what}"
+        groups = ((plan, group) for plan in blocks for group in plan.structure.groups)
+        if not any(turn.turned(plan, group, duquant) for plan, group in groups):
+            raise InputError(f"{note}; leave it out of the recipe")
         if found:
-            notes.append(f"duquant: no rotation of {_listed(found, len(blocks))}")
+            notes.append(note)
     return notes
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from crossbit.engine.observe import GroupState
 from crossbit.engine.plan import BlockPlan
+from crossbit.errors import InputError
 from crossbit.models.structure import InputGroup
 from crossbit.recipe import DuQuant
 from crossbit.rotations.duquant import DuRotation, block_size_for, choose_rotation, outlier_gain
@@ -39,12 +40,11 @@ def turn_inputs(
     rotations: dict[str, DuRotation] = {}
     for state in states:
         group = state.group
-        planned = [name for name in group.consumers if name in plan.layers]
-        if not planned or plan.group_activations(group) is None:
+        if not wanted(plan, group):
             continue
         record: dict[str, Any] = {"group": group.name, "kind": config.kind}
         records.append(record)
-        if reason := left_out(plan, group):
+        if reason := left_out(plan, group, config):
             record["skipped"] = reason
             continue
         sample = state.sample(SAMPLE_ROWS)
@@ -60,7 +60,7 @@ def turn_inputs(
             seed=config.seed,
             shared=config.shared,
         ).to(sample.device, torch.float32)  # as it is stored and applied
-        for name in planned:
+        for name in group.consumers:
             weight = block.get_submodule(name).get_parameter("weight")
             weight.copy_(rotation.fold(weight))
             rotations[name] = rotation
@@ -70,10 +70,24 @@ def turn_inputs(
     return records, rotations
 
 
-def left_out(plan: BlockPlan, group: InputGroup) -> str:
+def wanted(plan: BlockPlan, group: InputGroup) -> bool:
+    """Whether a rotation of the group's input is asked for: where it is quantized."""
+    return plan.group_activations(group) is not None
+
+
+def left_out(plan: BlockPlan, group: InputGroup, config: DuQuant) -> str:
     """Why a quantized input is not rotated; empty if it is."""
     for name in group.consumers:
         if name not in plan.layers:
             role = plan.structure.linears[name].role
             return f"{role}, which is not quantized, reads it too"
+    try:
+        block_size_for(group.width, config.block)
+    except InputError as error:
+        return str(error)
     return ""
+
+
+def turned(plan: BlockPlan, group: InputGroup, config: DuQuant) -> bool:
+    """Whether the group's input is rotated, if any calibration token reaches it."""
+    return wanted(plan, group) and not left_out(plan, group, config)

@@ -11,6 +11,7 @@ import torch
 from crossbit.engine.job import needs_calibration
 from crossbit.engine.let import factored_layers
 from crossbit.engine.plan import BlockPlan, LayerPlan, ModelPlan
+from crossbit.engine.turn import turned
 from crossbit.estimate.shapes import (
     BlockShape,
     Description,
@@ -172,8 +173,7 @@ def _block(
         known.update(group.consumers)
         norm = group.name in ("qkv", "gate_up", "fc1") or group.name.endswith("gate_up")
         turn = 0
-        planned = all(name in plan.layers for name in group.consumers)
-        if duquant is not None and planned and plan.group_activations(group) is not None:
+        if duquant is not None and turned(plan, group, duquant):
             turn = _rotation_bytes(group.width, duquant)
         for names in by_parent.values():
             share = chosen / experts if is_expert(f".{names[0]}") and experts else 1.0

@@ -53,7 +53,7 @@ def block_size_for(width: int, wanted: int = BLOCK) -> int:
         return (powers or divisors)[0]
     raise InputError(
         f"{width} channels cannot be split into rotation blocks of 2 to {2 * wanted} channels; "
-        "ask for larger blocks or leave the rotation out"
+        "ask for larger blocks"
     )
 
 
