@@ -55,7 +55,7 @@ def plug_in(results: Results) -> list[str]:
             ]
             reached = "yes" if found.value >= WANTED else "no"
             lines.append(
-                f"| {base} | {seed} | {100 * losses[0]:+.2f} % | {100 * losses[1]:+.2f} % | "
+                f"| {base} | {without.get('kind', 'plain')} | {seed} | {100 * losses[0]:+.2f} % | {100 * losses[1]:+.2f} % | "
                 f"{100 * found.value:.1f} % | {100 * found.stderr:.1f} | {reached} |"
             )
     if not lines:
@@ -63,10 +63,11 @@ def plug_in(results: Results) -> list[str]:
     return [
         "### Loss with both add-ons against each base alone",
         "",
-        "The rows of the next table in pairs; the error is the jackknife's over windows.",
+        "The rows of the next table in pairs; the error is the jackknife's over windows. Rows of",
+        "kind online run in crossbit's own loader.",
         "",
-        f"| base | seed | loss | with {ADDONS[1]} | less by | +- | {WANTED:.0%} reached |",
-        "|---|---|---|---|---|---|---|",
+        f"| base | kind | seed | loss | with {ADDONS[1]} | less by | +- | {WANTED:.0%} reached |",
+        "|---|---|---|---|---|---|---|---|",
         *lines,
         "",
     ]

@@ -7,6 +7,7 @@ import random
 
 import pytest
 from benchmarks.tables_cqe import plug_in, reduction
+from benchmarks.tables_low_bits import low_bits
 
 
 def test_a_reduction_is_of_the_loss() -> None:
@@ -41,7 +42,7 @@ def _share(base: list[float], other: list[float], original: list[float]) -> floa
 
 
 def test_bases_are_paired_by_seed() -> None:
-    row = {"losses": [2.0, 3.0]}
+    row = {"losses": [2.0, 3.0], "kind": "online"}
     results = {
         "demo-original-40": {"losses": [1.0, 1.5]},
         "cqe-omniquant-w4a4-seed0": row,
@@ -50,6 +51,29 @@ def test_bases_are_paired_by_seed() -> None:
     }
     lines = [line for line in plug_in(results) if line.startswith("| omniquant-w4a4")]
     assert len(lines) == 1
+    assert lines[0].startswith("| omniquant-w4a4 | online | 0 |")
     assert lines[0].endswith("| yes |")
     assert not any("duquant" in line for line in plug_in(results))
     assert plug_in({}) == []
+
+
+def test_low_bits_stand_in_one_table() -> None:
+    """CBQ and peers as they are stored; of CQE+ the presets and add-ons of seed 0, no changes."""
+    about = {"samples": 64, "length": 512, "seconds": 1.0, "peak_rss": 1e6}
+    cqe = {**about, "perplexity": 5.0, "losses": [2.0, 3.0], "kind": "online", "windows": [{}]}
+    results = {
+        "demo-original-40": {"losses": [1.0, 1.5]},
+        "low-bits-w4a4-g64-ours-cbq-64x512": {
+            **about,
+            **{"setting": "w4a4-g64", "method": "ours-cbq", "perplexity": 9.0, "windows": 40},
+            **{"loss": 40.0, "loss_stderr": 0.1, "bits_per_weight": 4.25},
+        },
+        "cqe-duquant-w4a4-seed0": cqe,
+        "cqe-duquant-w4a4-seed1": cqe,
+        "cqe-omniquant-w2a16-band-8-seed0": cqe,
+    }
+    lines = [line for line in low_bits(results) if line.startswith("| W")]
+    assert [line.split("|")[2].strip() for line in lines] == ["duquant-w4a4 (online)", "ours-cbq"]
+    assert f"{100 * (math.exp(1.25) - 1):+.2f} %" in lines[0]
+    assert "| 4.25 |" in lines[1]
+    assert low_bits({"demo-original-40": {"losses": [1.0, 1.5]}}) == []
