@@ -55,7 +55,8 @@ def plug_in(results: Results) -> list[str]:
             ]
             reached = "yes" if found.value >= WANTED else "no"
             lines.append(
-                f"| {base} | {without.get('kind', 'plain')} | {seed} | {100 * losses[0]:+.2f} % | {100 * losses[1]:+.2f} % | "
+                f"| {base} | {without.get('kind', 'plain')} | {seed} | "
+                f"{100 * losses[0]:+.2f} % | {100 * losses[1]:+.2f} % | "
                 f"{100 * found.value:.1f} % | {100 * found.stderr:.1f} | {reached} |"
             )
     if not lines:
