@@ -76,7 +76,6 @@ def test_each_step_of_the_method_helps(beginning: Path, tmp_path: Path, seed: in
     windows = error("windows", *RTN, *SHARING)
     blockwise_from_gptq = error("blockwise-from-gptq", *BLOCKWISE)
     from_gptq = error("from-gptq", *SHARING)
-    print(rounded, blockwise, windows, blockwise_from_gptq, from_gptq)
     assert blockwise < 0.95 * rounded
     assert windows < 0.95 * rounded
     assert from_gptq < blockwise_from_gptq
