@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 from benchmarks.tables_cqe import plug_in, reduction
@@ -43,7 +44,7 @@ def _share(base: list[float], other: list[float], original: list[float]) -> floa
 
 def test_bases_are_paired_by_seed() -> None:
     row = {"losses": [2.0, 3.0], "kind": "online"}
-    results = {
+    results: dict[str, dict[str, Any]] = {
         "demo-original-40": {"losses": [1.0, 1.5]},
         "cqe-omniquant-w4a4-seed0": row,
         "cqe-omniquant-w4a4+sde+cl-seed0": {"losses": [1.5, 2.0]},
@@ -59,9 +60,9 @@ def test_bases_are_paired_by_seed() -> None:
 
 def test_low_bits_stand_in_one_table() -> None:
     """CBQ and peers as they are stored; of CQE+ the presets and add-ons of seed 0, no changes."""
-    about = {"samples": 64, "length": 512, "seconds": 1.0, "peak_rss": 1e6}
+    about: dict[str, Any] = {"samples": 64, "length": 512, "seconds": 1.0, "peak_rss": 1e6}
     cqe = {**about, "perplexity": 5.0, "losses": [2.0, 3.0], "kind": "online", "windows": [{}]}
-    results = {
+    results: dict[str, dict[str, Any]] = {
         "demo-original-40": {"losses": [1.0, 1.5]},
         "low-bits-w4a4-g64-ours-cbq-64x512": {
             **about,
