@@ -84,10 +84,8 @@ def _of_cqe(results: dict[str, dict[str, Any]], original: list[float]) -> list[d
         if made is None or setting is None or changes:
             continue
         loss = paired_loss(made["losses"], original)
-        found.append(
-            {**made, "setting": setting, "method": row, "loss": loss.value}
-            | {"loss_stderr": loss.stderr}
-        )
+        about = {"setting": setting, "method": row}
+        found.append({**made, **about, "loss": loss.value, "loss_stderr": loss.stderr})
     return found
 
 
