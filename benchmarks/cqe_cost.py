@@ -22,6 +22,7 @@ from crossbit.models.checkpoint import Checkpoint
 from crossbit.models.opening import open_config
 from crossbit.models.shell import Shell
 from crossbit.models.source import resolve_model
+from crossbit.products import widened_products
 from crossbit.rotations.hadamard import apply_hadamard
 from crossbit.solvers.expansion import singular_basis
 
@@ -77,6 +78,7 @@ def measure(rounds: int) -> dict[str, Any]:
     return found
 
 
+@widened_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)

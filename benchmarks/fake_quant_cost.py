@@ -21,6 +21,7 @@ from benchmarks.store import once
 from crossbit.corpora import evaluation_windows, load_text
 from crossbit.models.opening import open_tokenizer
 from crossbit.models.source import resolve_model
+from crossbit.products import widened_products
 from crossbit.runtime.loader import load_model
 
 WINDOWS, LENGTH = 2, 2048
@@ -35,6 +36,7 @@ def seconds(model: Any, ids: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
+@widened_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)

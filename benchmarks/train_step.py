@@ -34,6 +34,7 @@ from crossbit.models.opening import open_config
 from crossbit.models.shell import Shell
 from crossbit.models.source import resolve_model
 from crossbit.objective import reconstruction_loss
+from crossbit.products import widened_products
 from crossbit.recipe import Recipe
 from crossbit.runtime.attention import IMPLEMENTATION, register
 
@@ -167,6 +168,7 @@ def measure(settings: tuple[str, ...], rounds: int) -> dict[str, Any]:
     }
 
 
+@widened_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)

@@ -21,6 +21,7 @@ from crossbit.models.source import resolve_model
 from crossbit.models.validate import read_config
 from crossbit.output import RESULT_FILE
 from crossbit.positions import check_length
+from crossbit.products import widened_products
 from crossbit.runtime.linear import Execution
 from crossbit.runtime.loader import folder_config, folder_prefix, own_dtype
 
@@ -48,6 +49,7 @@ def result_kind(folder: Path) -> str | None:
     return "plain" if ours else None
 
 
+@widened_products()
 def evaluate(
     model: str,
     *,
@@ -165,6 +167,7 @@ def evaluate(
     return result
 
 
+@widened_products()
 def generate(
     folder: str | Path,
     prompt: str,

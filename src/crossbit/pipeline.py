@@ -40,6 +40,7 @@ from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.output import OutputFolder, companion_bytes, read_result
 from crossbit.positions import check_length
+from crossbit.products import widened_products
 from crossbit.recipe import Calibration, Gptq, Prefix, Recipe, first_solver
 from crossbit.run import Run, evaluation_length
 from crossbit.runtime.install import QuantizedLayer
@@ -79,6 +80,7 @@ class Prepared:
         )
 
 
+@widened_products()
 def quantize(
     model: str,
     recipe: str | Path | Recipe = "crossquant-w8a8",

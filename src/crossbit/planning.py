@@ -25,10 +25,12 @@ from crossbit.models.source import resolve_model
 from crossbit.output import OutputFolder, companion_bytes
 from crossbit.pipeline import with_options
 from crossbit.positions import check_length
+from crossbit.products import widened_products
 from crossbit.recipe import LOADS, Recipe
 from crossbit.runtime.loader import own_dtype
 
 
+@widened_products()
 def plan(
     model: str,
     recipe: str | Path | Recipe = "crossquant-w8a8",

@@ -41,6 +41,7 @@ from crossbit.export.reload import dense_in_turn, reload_model, rounds_inputs
 from crossbit.export.research import is_research
 from crossbit.models.quiet import quiet_transformers
 from crossbit.models.validate import read_config
+from crossbit.products import widened_products
 from crossbit.runtime.loader import open_blocks
 
 RECORD_FILE = "crossbit.json"
@@ -89,6 +90,7 @@ class VerifyRecord:
         return asdict(self)
 
 
+@widened_products()
 def verify(folder: Path | str, *, device: str = "cpu") -> VerifyReport:
     """Check a folder that ``quantize`` wrote.
 

@@ -39,6 +39,7 @@ from crossbit.models.opening import open_config, open_tokenizer
 from crossbit.models.shell import Shell
 from crossbit.models.source import ModelFolder, resolve_model
 from crossbit.positions import check_length
+from crossbit.products import widened_products
 from crossbit.report.html import write_analysis
 from crossbit.run import evaluation_length
 from crossbit.runtime.loader import BlockSource, own_dtype
@@ -57,6 +58,7 @@ class _Text:
     ids: Tensor
 
 
+@widened_products()
 def analyze(
     model: str,
     *,

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossbit.products import slow_dtypes
+
 _ROWS = 128  # queries of a head at once; what is above the diagonal of a tile is wasted
 _SCORES = 1 << 20  # scores at once: with their gradients, what a cache holds
 
@@ -42,7 +44,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         [B, H, L, D]; gradients flow to all three.
     """
     dtype = query.dtype
-    if query.shape[2] <= _ROWS:
+    if query.shape[2] <= _ROWS or dtype in slow_dtypes():
         # Nothing to gain from bfloat16, and of few keys' gradients little is left to round.
         query, key, value = (x.float() for x in (query, key, value))
     found: Tensor = _Causal.apply(query, key, value, scale)  # type: ignore[no-untyped-call]

@@ -1,0 +1,122 @@
+"""16-bit products by way of float32: the values of float32's, rounded once, and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from crossbit import products
+from crossbit.products import slow_dtypes, widened_products
+
+HALVES = (torch.bfloat16, torch.float16)
+sizes = st.integers(1, 9)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def processor_without() -> Iterator[None]:
+    """As on a processor that multiplies neither."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(products, "slow_dtypes", lambda: HALVES)
+    yield
+    patch.undo()
+
+
+def drawn(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(st.tuples(sizes, sizes, sizes, sizes), st.sampled_from(HALVES), st.booleans())
+def test_a_linear_layer_and_its_gradients(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, biased: bool
+) -> None:
+    batch, tokens, k, n = shape
+    x, w = drawn(0, batch, tokens, k, dtype=dtype), drawn(1, n, k, dtype=dtype)
+    b, g = drawn(2, n, dtype=dtype), drawn(3, batch, tokens, n, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x, w, *([b] if biased else []))]
+    with widened_products():
+        y = F.linear(*leaves)
+    torch.autograd.backward(y, g)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = F.linear(*wide)
+    torch.autograd.backward(exact, g.double())
+    for found, wanted in [
+        (y, exact),
+        *((t.grad, u.grad) for t, u in zip(leaves, wide, strict=True)),
+    ]:
+        assert found is not None
+        assert wanted is not None
+        assert found.dtype == dtype
+        # Half a unit in the last place of the result, and what float32 sums lose.
+        limit = wanted.abs() * torch.finfo(dtype).eps / 2 * 1.001 + 1e-5
+        assert bool(((found.double() - wanted).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_way_to_write_a_product(dtype: torch.dtype) -> None:
+    a, b = drawn(0, 3, 5, 7, dtype=dtype), drawn(1, 3, 7, 4, dtype=dtype)
+    wanted = torch.matmul(a.float(), b.float()).to(dtype)
+    with widened_products():
+        many = [a @ b, torch.bmm(a, b), a.bmm(b), a.matmul(b), torch.matmul(a, b)]
+        one = [torch.mm(a[0], b[0]), a[0].mm(b[0]), b[0].__rmatmul__(a[0])]
+    assert all(torch.equal(found, wanted) for found in many)
+    assert all(torch.equal(found, wanted[0]) for found in one)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention(masked: bool) -> None:
+    q, k, v = (drawn(i, 2, 3, 8, 4, dtype=torch.bfloat16).requires_grad_() for i in range(3))
+    mask = drawn(4, 8, 8, dtype=torch.bfloat16) if masked else None
+    with widened_products():
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not masked)
+    wanted = F.scaled_dot_product_attention(
+        q.detach().float(),
+        k.detach().float(),
+        v.detach().float(),
+        attn_mask=None if mask is None else mask.float(),
+        is_causal=not masked,
+    )
+    assert torch.equal(found, wanted.bfloat16())
+    torch.autograd.backward(found.float().sum())
+    assert all(x.grad is not None and x.grad.dtype == torch.bfloat16 for x in (q, k, v))
+
+
+def test_what_does_not_concern_it_is_left_alone() -> None:
+    a, b = drawn(0, 5, 7, dtype=torch.float32), drawn(1, 7, 4, dtype=torch.float32)
+    out = torch.empty(5, 4, dtype=torch.bfloat16)
+    with widened_products():
+        assert torch.equal(a @ b, torch.mm(a, b))
+        torch.mm(a.bfloat16(), b.bfloat16(), out=out)
+        with pytest.raises(RuntimeError):
+            F.linear(a.bfloat16(), b.t())
+    torch.testing.assert_close(out.float(), a @ b, rtol=2e-2, atol=2e-2)
+
+
+def test_once_within_itself_and_none_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(1)
+        return a.float().mm(b.float()).to(a.dtype)
+
+    monkeypatch.setitem(products._INSTEAD, torch.mm, counted)
+    a = drawn(0, 4, 4, dtype=torch.bfloat16)
+    with widened_products(), widened_products():
+        torch.mm(a, a)
+    assert len(calls) == 1
+    torch.mm(a, a)
+    assert len(calls) == 1
+    monkeypatch.setattr(products, "slow_dtypes", lambda: ())
+    with widened_products():
+        torch.mm(a, a)
+    assert len(calls) == 1
+
+
+def test_the_processor_is_asked_once() -> None:
+    assert set(slow_dtypes()) <= set(HALVES)
+    assert slow_dtypes() is slow_dtypes()
