@@ -35,6 +35,7 @@ class Table:
         samples, length: calibration sequences and their tokens, unless a row says otherwise.
         settings: of every row.
         model: that is quantized.
+        windows: of 2048 tokens, that are evaluated.
         long: rows that are run only when they are named, of which some take hours.
     """
 
@@ -44,6 +45,7 @@ class Table:
     length: int
     settings: tuple[str, ...] = ()
     model: str = "demo"
+    windows: int = WINDOWS
     long: tuple[str, ...] = ()
 
 
@@ -61,7 +63,7 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
     # Work that is refused stays where it is: the message says what to do, and it may be hours.
     settings = (*budget, *table.settings, *changes)
     took, made = quantized(table.model, preset, settings, out, seed=seed, resume=True)
-    found = crossbit.evaluate(str(out), text=args.text, windows=WINDOWS)["perplexity"]
+    found = crossbit.evaluate(str(out), text=args.text, windows=table.windows)["perplexity"]
     shutil.rmtree(out)
     return {
         "row": row,
@@ -97,9 +99,9 @@ def run(table: Table, doc: str | None) -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     original = once(
-        f"{table.model}-original-{WINDOWS}",
-        f"crossbit evaluate {table.model} --windows {WINDOWS}",
-        lambda: crossbit.evaluate(table.model, text=args.text, windows=WINDOWS)["perplexity"],
+        f"{table.model}-original-{table.windows}",
+        f"crossbit evaluate {table.model} --windows {table.windows}",
+        lambda: crossbit.evaluate(table.model, text=args.text, windows=table.windows)["perplexity"],
     )["losses"]
     usual = [row for row in table.rows if row not in table.long]
     for seed in map(int, args.seeds.split(",")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ def test_once_within_itself_and_none_after_it(monkeypatch: pytest.MonkeyPatch) -
         calls.append(1)
         return a.float().mm(b.float()).to(a.dtype)
 
-    monkeypatch.setitem(products._INSTEAD, torch.mm, counted)
+    instead: dict[Any, Any] = {**products._INSTEAD, torch.mm: counted}
+    monkeypatch.setattr(products, "_INSTEAD", instead)
     a = drawn(0, 4, 4, dtype=torch.bfloat16)
     with widened_products(), widened_products():
         torch.mm(a, a)
