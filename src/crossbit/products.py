@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 _HALVES = (torch.bfloat16, torch.float16)
+_ELEMENTS = 1 << 21  # of a weight in float32 at once: 8 MiB
 
 
 @cache
@@ -76,26 +77,53 @@ class _ByFloat32(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b. What is kept for the gradient is what came in, not its float32 copies."""
+    """x W^T + b, some rows of W at a time: a head in float32 would be the largest tensor there is.
+
+    What is kept for the gradient is what came in, not its float32 copies.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        made = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return made.to(x.dtype)
+        wide = _rows(x).float()
+        made = x.new_empty(len(wide), len(weight))
+        for part in _parts(weight):
+            added = None if bias is None else bias[part].float()
+            made[:, part] = F.linear(wide, weight[part].float(), added)
+        return made.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        gradient = gradient.float()
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        at_x = (gradient @ weight.float()).to(x.dtype) if wants[0] else None
-        at_weight = None
-        if wants[1]:
-            at_weight = (rows.t() @ x.reshape(len(rows), -1).float()).to(weight.dtype)
-        return at_x, at_weight, rows.sum(0).to(x.dtype) if wants[2] else None
+        incoming = _rows(gradient)
+        at_x = torch.zeros(len(incoming), x.shape[-1], device=x.device) if wants[0] else None
+        at_weight = torch.empty_like(weight) if wants[1] else None
+        wide = _rows(x).float() if wants[1] else None
+        for part in _parts(weight):
+            some = incoming[:, part].float()
+            if at_x is not None:
+                at_x.addmm_(some, weight[part].float())
+            if at_weight is not None and wide is not None:
+                at_weight[part] = some.t() @ wide
+        return (
+            None if at_x is None else at_x.to(x.dtype).view(x.shape),
+            at_weight,
+            incoming.float().sum(0).to(x.dtype) if wants[2] else None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [N, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Rows of a weight [N, K]."""
+    count = max(1, _ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), count):
+        yield slice(start, start + count)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,9 +21,10 @@ sizes = st.integers(1, 9)
 
 @pytest.fixture(autouse=True, scope="module")
 def processor_without() -> Iterator[None]:
-    """As on a processor that multiplies neither."""
+    """As on a processor that multiplies neither; weights in a few parts."""
     patch = pytest.MonkeyPatch()
     patch.setattr(products, "slow_dtypes", lambda: HALVES)
+    patch.setattr(products, "_ELEMENTS", 16)
     yield
     patch.undo()
 
