@@ -39,12 +39,13 @@ def once(name: str, command: str, measure: Callable[[], dict[str, Any]]) -> dict
     print(f"measuring {name}", flush=True)
     # Before: a run of hours may outlive a checkout.
     measured = commit()
+    instructions = torch.backends.cpu.get_cpu_capability()
     result = {
         **measure(),
         "conditions": {
             "command": command,
             "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()} ({instructions}), {torch.get_num_threads()} threads",
             "torch": torch.__version__,
             "commit": measured,
         },

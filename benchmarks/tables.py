@@ -15,7 +15,7 @@ from benchmarks.ablation import ROWS as ABLATION
 from benchmarks.cqe import ROWS as CQE
 from benchmarks.second import MODEL as SECOND_MODEL
 from benchmarks.second import ROWS as SECOND
-from benchmarks.tables_cost import cost, cqe_cost, plan, scaling, training_step
+from benchmarks.tables_cost import cost, cqe_cost, plan, products, scaling, training_step
 from benchmarks.tables_cqe import plug_in
 from benchmarks.tables_low_bits import low_bits
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
@@ -349,6 +349,7 @@ def main() -> None:
         *second(results),
         *training_step(results),
         *cqe_cost(results),
+        *products(results),
         *cost(results),
         *scaling(results),
         *plan(results),

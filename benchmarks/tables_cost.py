@@ -51,6 +51,28 @@ def training_step(results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def products(results: dict[str, dict[str, Any]]) -> list[str]:
+    """16-bit products where the processor has no instructions for them."""
+    found = results.get("products")
+    if found is None:
+        return []
+    lines = [
+        "### 16-bit products on a processor without instructions for them",
+        "",
+        "SmolLM2-135M-Instruct in bf16, 512 tokens through a layer and the head, a training step",
+        f"of one block with 2 x 512; {found['processor']}, median of paired rounds",
+        f"(`{found['conditions']['command']}`).",
+        "",
+        "| what | torch's own way, s | by way of float32, s | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name in (k for k, row in found.items() if "ratio" in row and k != "conditions"):
+        row = found[name]
+        figures = f"{row['own_seconds']:.3f} | {row['seconds']:.3f} | {row['ratio']:.2f}"
+        lines.append(f"| {name} | {figures} |")
+    return [*lines, ""]
+
+
 def cost(results: dict[str, dict[str, Any]]) -> list[str]:
     """Fake-quant cost."""
     found = results.get("fake-quant-cost")

@@ -39,6 +39,7 @@ from crossbit.recipe import Recipe
 from crossbit.runtime.attention import IMPLEMENTATION, register
 
 BLOCKS, SEQUENCES, LENGTH = (3, 4), 4, 1024
+TOTAL = 100  # steps that a training is said to have
 
 
 class Window:
@@ -49,6 +50,7 @@ class Window:
         blocks: which.
         ahead: how many original blocks after them the output goes through.
         share: of the sequences that do.
+        tokens: sequences, and tokens of each.
     """
 
     def __init__(
@@ -57,23 +59,25 @@ class Window:
         blocks: tuple[int, ...] = BLOCKS,
         ahead: int = 0,
         share: float = 1.0,
+        tokens: tuple[int, int] = (SEQUENCES, LENGTH),
     ) -> None:
         self.blocks = blocks
+        sequences, length = tokens
         folder = resolve_model("demo").path
         self.dtype = torch.bfloat16
         checkpoint = Checkpoint(folder)
         register()
         self.shell = Shell(open_config(folder), attn=IMPLEMENTATION)
         self.shell.load_outside(checkpoint, self.dtype)
-        batch = f"training.batch={SEQUENCES}"
+        batch = f"training.batch={sequences}"
         recipe = Recipe.load("cbq-w4a16", (*settings, batch))
         plan = make_plan(self.shell.structure, recipe, self.shell.config.hidden_size)
         ids = torch.randint(
-            0, 1000, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0)
+            0, 1000, (sequences, length), generator=torch.Generator().manual_seed(0)
         )
         job = Job(self.shell, checkpoint, plan, recipe, ids, self.dtype, _nothing, lambda: None)
         self.x = self.shell.embed(ids)
-        self.kwargs = self.shell.block_kwargs(LENGTH, self.dtype)
+        self.kwargs = self.shell.block_kwargs(length, self.dtype)
         trained = []
         with TemporaryDirectory() as place:
             work = WorkDir(Path(place))
@@ -104,17 +108,18 @@ class Window:
                 (reconstruction_loss(o, targets[0][: o.shape[0]]) for o in outputs[::2]),
                 torch.zeros(()),
             ),
-            fitting=torch.arange(SEQUENCES),
+            fitting=torch.arange(sequences),
             held=torch.arange(1),
-            length=LENGTH,
+            length=length,
             settings=recipe.training,
             steps={name: True for name, _ in layers_of(trained)},
             dtype=self.dtype,
             seed=0,
-            ahead=[_frozen(job, blocks[-1] + 1 + n, LENGTH) for n in range(ahead)],
+            ahead=[_frozen(job, blocks[-1] + 1 + n, length) for n in range(ahead)],
             ahead_share=share,
         )
         self.optimiser = Optimiser(self.task)
+        self.done = 0
 
     def plain(self) -> None:
         """Forward and backward."""
@@ -128,7 +133,8 @@ class Window:
 
     def trained(self) -> None:
         """A step of training."""
-        _step(self.task, self.optimiser, Progress(), 100)
+        _step(self.task, self.optimiser, Progress(done=self.done % TOTAL), TOTAL)
+        self.done += 1
 
 
 def _nothing(*_: Any) -> dict[str, Tensor]:
