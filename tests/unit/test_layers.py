@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "cache"),
     (
         *("grid", "packing", "windows", "objective", "positions", "device", "safetensors_format"),
+        "products",
         *("recipe_training", "recipe_files", "rotations"),
     ),
     ("activations", "recipe_transforms"),

@@ -99,6 +99,48 @@ def test_what_does_not_concern_it_is_left_alone() -> None:
     torch.testing.assert_close(out.float(), a @ b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_that_are_added_to_something(dtype: torch.dtype) -> None:
+    a, b = drawn(0, 3, 5, 7, dtype=dtype), drawn(1, 3, 7, 4, dtype=dtype)
+    c = drawn(2, 4, dtype=dtype)
+    with widened_products():
+        many = [torch.baddbmm(c, a, b, beta=0.5, alpha=2), c.baddbmm(a, b, beta=0.5, alpha=2)]
+        one = [torch.addmm(c, a[0], b[0]), c.addmm(a[0], b[0])]
+    wide = torch.matmul(a.float(), b.float())
+    assert all(torch.equal(found, (c.float() * 0.5 + 2 * wide).to(dtype)) for found in many)
+    assert all(torch.equal(found, (c.float() + wide[0]).to(dtype)) for found in one)
+
+
+@pytest.mark.parametrize("columns", [1, 1024, 1025, 3000])
+@pytest.mark.parametrize("largest", [-128, 127])
+def test_integers_are_exact(columns: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies_int8", lambda: False)
+    generator = torch.Generator().manual_seed(columns)
+    a, b = (
+        torch.randint(-128, 128, (n, columns), dtype=torch.int8, generator=generator)
+        for n in (5, 7)
+    )
+    a[0], b[0] = largest, largest  # the largest sum there is
+    b[1, ::2] = 1  # and odd ones
+    found = products.integer_product(a, b)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), a.long() @ b.long().t())
+
+
+def test_integers_where_the_processor_has_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = torch.ones(20, 8, dtype=torch.int8)
+    calls: list[int] = []
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        calls.append(1)
+        return (left.long() @ right.long()).int()
+
+    monkeypatch.setattr(torch, "_int_mm", counted)
+    monkeypatch.setattr(products, "multiplies_int8", lambda: True)
+    assert torch.equal(products.integer_product(a, a), torch.full((20, 20), 8, dtype=torch.int32))
+    assert calls == [1]
+
+
 def test_once_within_itself_and_none_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 

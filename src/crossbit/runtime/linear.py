@@ -3,8 +3,8 @@
 Two executions of the same integers:
 
     fake      dequantized weight, quantize-dequantize input, float matmul (the oracle)
-    integer   int8 codes on both sides, exact int32 accumulation (``torch._int_mm``), then
-              row scale x column scale: what INT8 kernels do
+    integer   int8 codes on both sides, exact int32 accumulation, then row scale x column scale:
+              what INT8 kernels do
 
 The integer path needs per-token activations and one symmetric scale an output channel.
 """
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from crossbit.activations.grid import ActivationGrid
 from crossbit.activations.quantize import fake_quantize_activation, per_token_codes
 from crossbit.grid import QTensor
+from crossbit.products import integer_product
 
 Execution = Literal["auto", "fake", "integer"]
 
@@ -168,7 +169,8 @@ class QuantLinear(nn.Module):
         count = codes.shape[0]
         if x.is_cuda and count < 32:
             codes = F.pad(codes, (0, 0, 0, 32 - count))
-        out = torch._int_mm(codes, self.weight.t())[:count].float().mul_(rows).mul_(self.scale)
+        product = integer_product(codes, self.weight)[:count]
+        out = product.float().mul_(rows).mul_(self.scale)
         if self.bias is not None:
             out += self.bias.float()
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
