@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from benchmarks.measure import measure
 from benchmarks.peer_folders import activations, bits_per_weight, folder_losses
 from benchmarks.quantizing import cleaned, failure, quantized
-from benchmarks.store import once
+from benchmarks.store import claimed, once
 from crossbit.corpora import calibration_windows, evaluation_windows, load_text
 from crossbit.errors import CrossbitError
 from crossbit.evaluation.statistics import paired_loss, perplexity
@@ -286,12 +286,17 @@ def main() -> None:
             if wanted and method not in wanted and method.removeprefix("ours-") not in wanted:
                 continue
             about = {"setting": name, "method": method}
-            row = once(
-                f"low-bits-{name}-{method}-{args.samples}x{args.length}",
-                f"{command} --only {name} --methods {method} --samples {args.samples} "
-                f"--length {args.length} --windows {args.windows}",
-                partial(measured, args, about, job, ids, original),
-            )
+            result = f"low-bits-{name}-{method}-{args.samples}x{args.length}"
+            with claimed(args.work, result) as mine:
+                if not mine:
+                    print(f"{name} {method}: another process is at it", flush=True)
+                    continue
+                row = once(
+                    result,
+                    f"{command} --only {name} --methods {method} --samples {args.samples} "
+                    f"--length {args.length} --windows {args.windows}",
+                    partial(measured, args, about, job, ids, original),
+                )
             loss = row.get("failed") or f"{row['perplexity']:.3f}, loss {100 * row['loss']:+.2f} %"
             print(f"{name} {method}: {loss}", flush=True)
 

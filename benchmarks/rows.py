@@ -17,7 +17,7 @@ from typing import Any
 
 import crossbit
 from benchmarks.quantizing import quantized
-from benchmarks.store import once
+from benchmarks.store import claimed, once
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 WINDOWS = 40
@@ -106,11 +106,16 @@ def run(table: Table, doc: str | None) -> None:
     usual = [row for row in table.rows if row not in table.long]
     for seed in map(int, args.seeds.split(",")):
         for row in args.only.split(";") if args.only else usual:
-            found = once(
-                result_name(table.name, row, seed),
-                f"python -m benchmarks.{table.name}",
-                partial(measure, args, table, row, seed),
-            )
+            name = result_name(table.name, row, seed)
+            with claimed(args.work, name) as mine:
+                if not mine:
+                    print(f"{row} (seed {seed}): another process is at it", flush=True)
+                    continue
+                found = once(
+                    name,
+                    f"python -m benchmarks.{table.name}",
+                    partial(measure, args, table, row, seed),
+                )
             paired = paired_loss(found["losses"], original)
             value = perplexity(found["losses"]).value
             print(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,18 @@ def once(name: str, command: str, measure: Callable[[], dict[str, Any]]) -> dict
     temporary.write_text(json.dumps(result, indent=1) + "\n", "utf8")
     temporary.replace(path)
     return result
+
+
+@contextmanager
+def claimed(work: Path, name: str) -> Iterator[bool]:
+    """Whether no other process with this work folder is measuring that result.
+
+    Several can share the rows of a table so; the claim of one that is killed ends with it.
+    """
+    with (work / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -11,6 +11,7 @@ from benchmarks.low_bits import OURS, SETTINGS
 from benchmarks.quantizing import FLOAT_ENDS
 from benchmarks.rows import result_name
 from benchmarks.run import steps
+from benchmarks.store import claimed
 
 from crossbit.compat import check_recipe
 from crossbit.recipe import Recipe
@@ -61,3 +62,12 @@ def test_all_of_them_are_run() -> None:
     assert names[-1] == "tables"
     named = {row for _, *options in made for row in (options or [""])[-1].split(";")}
     assert set(ablation.LONG) | set(cqe.LONG) <= named
+
+
+def test_a_row_is_measured_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with claimed(tmp_path, "row") as first, claimed(tmp_path, "row") as second:
+        assert (first, second) == (True, False)
+        with claimed(tmp_path, "other") as other:
+            assert other
+    with claimed(tmp_path, "row") as again:
+        assert again
