@@ -1,13 +1,16 @@
-"""Products of 16-bit and 8-bit matrices on processors that have no instructions for them.
+"""How matrices are multiplied on the processor at hand.
 
-There torch multiplies bfloat16, float16 and int8 an element at a time, six to thirty times slower
-than float32. ``widened_products`` makes 16-bit products of float32 copies instead and rounds the
-result, as processors with the instructions do: operands of 16 bits, sums of 32. What is stored, and
-what a product is given, stays as it was. ``integer_product`` is that of int8, exact either way.
+Some have no instructions for numbers of 16 and 8 bits. There torch multiplies bfloat16, float16 and
+int8 an element at a time, six to thirty times slower than float32. ``widened_products`` makes
+16-bit products of float32 copies instead and rounds the result, as processors with the instructions
+do: operands of 16 bits, sums of 32. What is stored, and what a product is given, stays as it was.
+``integer_product`` is that of int8, exact either way. On some processors that have instructions for
+bfloat16, ``fast_products`` makes float32 products several times as fast.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -69,6 +72,66 @@ def widened_products() -> Iterator[None]:
     """
     dtypes = slow_dtypes()
     with _ByFloat32(dtypes) if dtypes else nullcontext():
+        yield
+
+
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    """Float32 products on a CPU that round their factors to bfloat16 and accumulate in float32."""
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _product_error(x: Tensor) -> float:
+    """Relative error of x^T x [K, K - 64] under ``bf16_products``, against float64."""
+    out = torch.zeros(x.shape[1], x.shape[1])
+    with bf16_products():
+        out[:, 64:].addmm_(x.T, x[:, 64:])
+    exact = x.double().T @ x.double()[:, 64:]
+    return float((out[:, 64:].double() - exact).norm() / exact.norm())
+
+
+@cache
+def _probe() -> tuple[float, float]:
+    """Errors of oneDNN's products on bfloat16-valued and on arbitrary float32 numbers here.
+
+    The switch only permits bfloat16. Processors with matrix units round to it; on others oneDNN
+    keeps float32 and is still several times faster than the default library on some of them.
+    """
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return math.inf, math.inf
+        generator = torch.Generator().manual_seed(0)
+        samples = [torch.randn(rows, 320, generator=generator) for rows in (64, 1024)]
+        return (
+            max(_product_error(x.bfloat16().float()) for x in samples),
+            max(_product_error(x) for x in samples),
+        )
+    except (AttributeError, RuntimeError):
+        return math.inf, math.inf
+
+
+def has_exact_bf16_products() -> bool:
+    """Whether bfloat16-valued float32 matrices are multiplied fast and exactly on this machine.
+
+    The product of two bfloat16 numbers is exact in float32, so only the summation may round: the
+    result must be within 1e-5 of float64.
+    """
+    return _probe()[0] <= 1e-5
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Float32 products through oneDNN where it is as exact as float32 (2e-6); else no effect."""
+    if device.type == "cpu" and _probe()[1] <= 2e-6:
+        with bf16_products():
+            yield
+    else:
         yield
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crossbit.errors import InputError, WorkError
+from crossbit.products import has_exact_bf16_products
 from crossbit.solvers import hessian as module
 from crossbit.solvers.hessian import (
     HessianAccumulator,
@@ -54,24 +55,7 @@ def test_values_beyond_bfloat16_are_not_rounded() -> None:
     assert torch.allclose(accumulator.finish(), torch.tensor((1 + 2**-10) ** 2), rtol=1e-6)
     # Whatever this machine's products do: such values must not be declared exact.
     assert not module._takes_bf16(x, x)
-    assert module._takes_bf16(x.bfloat16(), x) == module.has_exact_bf16_products()
-
-
-def test_fast_products_are_as_exact_as_float32() -> None:
-    x, y = tokens(700, 333), tokens(700, 150, 1)
-    with module.fast_products(x.device):
-        product = x.T @ y
-    assert relative(product, x.double().T @ y.double()) < 3e-6
-
-
-@pytest.mark.parametrize("errors", [(math.inf, math.inf), (1e-7, 1e-3)])
-def test_machines_without_exact_products_use_plain_float32(
-    errors: tuple[float, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    monkeypatch.setattr(module, "_probe", lambda: errors)
-    with module.fast_products(torch.device("cpu")):
-        assert setting.fp32_precision != "bf16"
+    assert module._takes_bf16(x.bfloat16(), x) == has_exact_bf16_products()
 
 
 def test_product_setting_is_restored_and_plain_float32_is_the_fallback(

@@ -1,7 +1,8 @@
-"""16-bit products by way of float32: the values of float32's, rounded once, and their gradients."""
+"""Products of 16-bit and 8-bit matrices by way of float32, and faster ones of float32."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,6 +161,24 @@ def test_once_within_itself_and_none_after_it(monkeypatch: pytest.MonkeyPatch) -
     with widened_products():
         torch.mm(a, a)
     assert len(calls) == 1
+
+
+def test_fast_products_are_as_exact_as_float32() -> None:
+    x, y = (drawn(i, 700, n, dtype=torch.float32) * 3 + 0.5 for i, n in enumerate((333, 150)))
+    with products.fast_products(x.device):
+        product = x.T @ y
+    wanted = x.double().T @ y.double()
+    assert float((product.double() - wanted).norm() / wanted.norm()) < 3e-6
+
+
+@pytest.mark.parametrize("errors", [(math.inf, math.inf), (1e-7, 1e-3)])
+def test_machines_without_exact_products_use_plain_float32(
+    errors: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    monkeypatch.setattr(products, "_probe", lambda: errors)
+    with products.fast_products(torch.device("cpu")):
+        assert setting.fp32_precision != "bf16"
 
 
 def test_the_processor_is_asked_once() -> None:

@@ -34,13 +34,14 @@ from crossbit.models.experts import Weights
 from crossbit.models.shell import Shell
 from crossbit.objective import logit_kl
 from crossbit.packing import pack, unpack
+from crossbit.products import fast_products
 from crossbit.recipe import Gptq
 from crossbit.runtime.causal_attention import causal_attention, is_fast
 from crossbit.runtime.linear import QuantLinear
 from crossbit.solvers.awq import awq_search_clip
 from crossbit.solvers.expansion import singular_basis
 from crossbit.solvers.gptq import gptq
-from crossbit.solvers.hessian import HessianAccumulator, fast_products, inverse_factor
+from crossbit.solvers.hessian import HessianAccumulator, inverse_factor
 from crossbit.solvers.rounding import fake_weight, pull_back, start_rounding
 from crossbit.solvers.rtn import rtn
 from crossbit.transforms.column_fit import ROWS, TOKENS, fit_factor

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from crossbit.errors import InputError, WorkError
+from crossbit.products import fast_products
 
 Kind = Literal["diagonal", "band", "blocks", "square", "full"]
 
@@ -189,9 +190,11 @@ def expand(basis: Basis, choice: ExpansionChoice, parameters: dict[str, Tensor])
     if not any(bool(p.any()) for p in parameters.values()):
         return basis.u.new_full((basis.u.shape[0], basis.vt.shape[1]), -0.0)
     inner = torch.empty_like(basis.vt)
-    for panel in _panels(choice, basis.vt.shape[0]):
-        torch.mm(_read(choice, parameters, panel), basis.vt[panel.columns], out=inner[panel.rows])
-    return basis.u @ inner
+    with fast_products(basis.u.device):
+        for panel in _panels(choice, basis.vt.shape[0]):
+            some = _read(choice, parameters, panel)
+            torch.mm(some, basis.vt[panel.columns], out=inner[panel.rows])
+        return basis.u @ inner
 
 
 def pull_back_expansion(
@@ -209,11 +212,12 @@ def pull_back_expansion(
     """
     found = start_expansion(basis, choice)
     inner = torch.zeros_like(basis.vt)
-    for top in range(0, gradient.shape[0], _ROWS):
-        rows = slice(top, top + _ROWS)
-        inner.addmm_(basis.u[rows].t(), gradient[rows].to(inner.dtype))
-    for panel in _panels(choice, basis.vt.shape[0]):
-        _write(choice, found, panel, inner[panel.rows] @ basis.vt[panel.columns].t())
+    with fast_products(basis.u.device):
+        for top in range(0, gradient.shape[0], _ROWS):
+            rows = slice(top, top + _ROWS)
+            inner.addmm_(basis.u[rows].t(), gradient[rows].to(inner.dtype))
+        for panel in _panels(choice, basis.vt.shape[0]):
+            _write(choice, found, panel, inner[panel.rows] @ basis.vt[panel.columns].t())
     return found
 
 

@@ -9,16 +9,14 @@ so every search over weights needs only H [K, K], never the activations themselv
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from crossbit.errors import InputError, WorkError
+from crossbit.products import bf16_products, fast_products, has_exact_bf16_products
 
 Damping = Literal["diagonal", "mean"]
 
@@ -27,66 +25,6 @@ Damping = Literal["diagonal", "mean"]
 _CHUNK = 2048
 _BANDS = 3
 _MIN_BAND = 128
-
-
-@contextlib.contextmanager
-def _bf16_products() -> Iterator[None]:
-    """Float32 products on a CPU that round their factors to bfloat16 and accumulate in float32."""
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-def _product_error(x: Tensor) -> float:
-    """Relative error of x^T x [K, K - 64] under ``_bf16_products``, against float64."""
-    out = torch.zeros(x.shape[1], x.shape[1])
-    with _bf16_products():
-        out[:, 64:].addmm_(x.T, x[:, 64:])
-    exact = x.double().T @ x.double()[:, 64:]
-    return float((out[:, 64:].double() - exact).norm() / exact.norm())
-
-
-@functools.cache
-def _probe() -> tuple[float, float]:
-    """Errors of oneDNN's products on bfloat16-valued and on arbitrary float32 numbers here.
-
-    The switch only permits bfloat16. Processors with matrix units round to it; on others oneDNN
-    keeps float32 and is still several times faster than the default library on some of them.
-    """
-    try:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return math.inf, math.inf
-        generator = torch.Generator().manual_seed(0)
-        samples = [torch.randn(rows, 320, generator=generator) for rows in (64, 1024)]
-        return (
-            max(_product_error(x.bfloat16().float()) for x in samples),
-            max(_product_error(x) for x in samples),
-        )
-    except (AttributeError, RuntimeError):
-        return math.inf, math.inf
-
-
-def has_exact_bf16_products() -> bool:
-    """Whether bfloat16-valued float32 matrices are multiplied fast and exactly on this machine.
-
-    The product of two bfloat16 numbers is exact in float32, so only the summation may round: the
-    result must be within 1e-5 of float64.
-    """
-    return _probe()[0] <= 1e-5
-
-
-@contextlib.contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Float32 products through oneDNN where it is as exact as float32 (2e-6); else no effect."""
-    if device.type == "cpu" and _probe()[1] <= 2e-6:
-        with _bf16_products():
-            yield
-    else:
-        yield
 
 
 def _takes_bf16(original: Tensor, x: Tensor) -> bool:
@@ -134,7 +72,7 @@ class HessianAccumulator:
 
     def _add_chunk(self, chunk: Tensor) -> None:
         x = chunk.to(device=self.sum.device, dtype=torch.float32)
-        with _bf16_products() if _takes_bf16(chunk, x) else fast_products(x.device):
+        with bf16_products() if _takes_bf16(chunk, x) else fast_products(x.device):
             self._multiply(x)
 
     def _multiply(self, x: Tensor) -> None:

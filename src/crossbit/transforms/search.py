@@ -18,7 +18,7 @@ from torch import Tensor
 from crossbit.activations.grid import ActivationGrid
 from crossbit.activations.quantize import fake_quantize_activation
 from crossbit.grid import Grid, dequantize, fit_minmax, quantize
-from crossbit.solvers.hessian import fast_products
+from crossbit.products import fast_products
 
 
 @dataclass(frozen=True)
