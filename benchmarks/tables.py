@@ -32,9 +32,13 @@ def stored() -> dict[str, dict[str, Any]]:
 
 def quality(results: dict[str, dict[str, Any]], model: str, title: str) -> list[str]:
     """Perplexity, paired loss, size and cost of every recipe measured on a model."""
-    originals = {k: v for k, v in results.items() if k.startswith(f"{model}-original-")}
-    if not originals:
+    made = [v for k, v in results.items() if k.startswith(f"{model}-") and "size" in v]
+    if not made:
         return []
+    counts = {len(row["losses"]) for row in made}
+    originals = {
+        name: results[name] for n in counts if (name := f"{model}-original-{n}") in results
+    }
     lines = [
         f"### {title}",
         "",
@@ -145,8 +149,9 @@ def parts(
     With ``base`` each row is compared to that one, seed by seed.
     """
     found = [r for name, r in results.items() if name.startswith(f"{table}-") and "row" in r]
-    original = results.get(f"{model}-original-40")
-    if not found or original is None:
+    windows = len(found[0]["losses"]) if found else 0
+    original = results.get(f"{model}-original-{windows}")
+    if original is None:
         return []
     known: dict[str, list[dict[str, Any]]] = {}
     for row in found:
@@ -227,7 +232,7 @@ def second(results: dict[str, dict[str, Any]]) -> list[str]:
         "### A second model",
         "",
         "Gemma-3-270M (dequantized from GGUF Q4_K_M), embedding and head in bf16, 64 x 512 tokens",
-        "of the embedded text; WikiText-2 raw test, 40 windows of 2048, stored integers (`python",
+        "of the embedded text; WikiText-2 raw test, 16 windows of 2048, stored integers (`python",
         "-m benchmarks.second`). A row that is not listed was not run.",
     ]
     return parts(results, "second", SECOND, heading, SECOND_MODEL)

@@ -52,7 +52,7 @@ def test_bases_are_paired_by_seed() -> None:
     }
     lines = [line for line in plug_in(results) if line.startswith("| omniquant-w4a4")]
     assert len(lines) == 1
-    assert lines[0].startswith("| omniquant-w4a4 | online | 0 |")
+    assert lines[0].startswith("| omniquant-w4a4+sde+cl | online | 0 |")
     assert lines[0].endswith("| yes |")
     assert not any("duquant" in line for line in plug_in(results))
     assert plug_in({}) == []
