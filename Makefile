@@ -6,8 +6,8 @@
 VENV ?= .venv
 DEMO_OUT ?= demo-out
 DEMO_RECIPE ?= crossquant-w8a8
-# A quarter of the default text, which is enough for 8 bits.
-DEMO_ARGS ?= --samples 16
+# A quarter of the default text, which is enough for 8 bits, and half of its evaluation.
+DEMO_ARGS ?= --samples 16 --set evaluation.windows=4
 PROMPT ?= The capital of France is
 PYTEST_ARGS ?=
 WORKERS ?= auto
