@@ -1,7 +1,7 @@
 """How matrices are multiplied on the processor at hand.
 
 Some have no instructions for numbers of 16 and 8 bits. There torch multiplies bfloat16, float16 and
-int8 an element at a time, six to thirty times slower than float32. ``widened_products`` makes
+int8 an element at a time, five to thirty times slower than float32. ``widened_products`` makes
 16-bit products of float32 copies instead and rounds the result, as processors with the instructions
 do: operands of 16 bits, sums of 32. What is stored, and what a product is given, stays as it was.
 ``integer_product`` is that of int8, exact either way. On some processors that have instructions for
