@@ -21,16 +21,6 @@ ADDONS = ("", "+sde+cl")
 # Of the weights themselves; the first is the best of the first two blocks, see ``BUDGET``.
 RATES = ("3e-2", "1e-2", "1e-1")
 LONG = tuple(f"{PARTS}{addon}, original settings" for addon in ADDONS)
-# With fewer of the sequences ahead than the add-on sends: cheaper and noisier.
-HALF: dict[str, tuple[str, tuple[str, ...]]] = {
-    f"{name}, half ahead": (name, ("objective.ahead_share=0.5",))
-    for base in BASES
-    for name in (f"{base}+cl", f"{base}+sde+cl")
-}
-HALF[f"{PARTS} band 32+cl, half ahead"] = (
-    f"{PARTS}+cl",
-    ("solver.expansion={kind: band, width: 32}", "objective.ahead_share=0.5"),
-)
 ORIGINAL = (
     *("calibration.samples=128", "calibration.length=2048"),
     *("training.epochs=20", "training.batch=1", "training.schedule=constant"),
@@ -42,6 +32,16 @@ def _wide(kind: str, width: int) -> tuple[str, ...]:
     return (f"solver.expansion={{kind: {kind}, width: {width}}}",)
 
 
+# With fewer of the sequences ahead than the add-on sends: cheaper and noisier.
+_FEWER = "objective.ahead_share=0.5"
+HALF: Rows = {
+    **{
+        f"{base}{addon}, half ahead": (f"{base}{addon}", (_FEWER,))
+        for base in BASES
+        for addon in ("+cl", "+sde+cl")
+    },
+    f"{PARTS} band 32+cl, half ahead": (f"{PARTS}+cl", (*_wide("band", 32), _FEWER)),
+}
 # What the add-ons are worth comes first, then the parts, on 2-bit weights, where they have the most
 # to do, then the weights themselves, trained with the same budget.
 ROWS: Rows = {

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from benchmarks.measure import measure
 from benchmarks.peer_folders import activations, bits_per_weight, folder_losses
 from benchmarks.quantizing import cleaned, failure, quantized
-from benchmarks.store import claimed, once
+from benchmarks.store import once, once_among
 from crossbit.corpora import calibration_windows, evaluation_windows, load_text
 from crossbit.errors import CrossbitError
 from crossbit.evaluation.statistics import paired_loss, perplexity
@@ -287,16 +287,15 @@ def main() -> None:
                 continue
             about = {"setting": name, "method": method}
             result = f"low-bits-{name}-{method}-{args.samples}x{args.length}"
-            with claimed(args.work, result) as mine:
-                if not mine:
-                    print(f"{name} {method}: another process is at it", flush=True)
-                    continue
-                row = once(
-                    result,
-                    f"{command} --only {name} --methods {method} --samples {args.samples} "
-                    f"--length {args.length} --windows {args.windows}",
-                    partial(measured, args, about, job, ids, original),
-                )
+            row = once_among(
+                args.work,
+                result,
+                f"{command} --only {name} --methods {method} --samples {args.samples} "
+                f"--length {args.length} --windows {args.windows}",
+                partial(measured, args, about, job, ids, original),
+            )
+            if row is None:
+                continue
             loss = row.get("failed") or f"{row['perplexity']:.3f}, loss {100 * row['loss']:+.2f} %"
             print(f"{name} {method}: {loss}", flush=True)
 

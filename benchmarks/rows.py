@@ -17,7 +17,7 @@ from typing import Any
 
 import crossbit
 from benchmarks.quantizing import quantized
-from benchmarks.store import claimed, once
+from benchmarks.store import once, once_among
 from crossbit.evaluation.statistics import paired_loss, perplexity
 
 WINDOWS = 40
@@ -107,15 +107,10 @@ def run(table: Table, doc: str | None) -> None:
     for seed in map(int, args.seeds.split(",")):
         for row in args.only.split(";") if args.only else usual:
             name = result_name(table.name, row, seed)
-            with claimed(args.work, name) as mine:
-                if not mine:
-                    print(f"{row} (seed {seed}): another process is at it", flush=True)
-                    continue
-                found = once(
-                    name,
-                    f"python -m benchmarks.{table.name}",
-                    partial(measure, args, table, row, seed),
-                )
+            command = f"python -m benchmarks.{table.name}"
+            found = once_among(args.work, name, command, partial(measure, args, table, row, seed))
+            if found is None:
+                continue
             paired = paired_loss(found["losses"], original)
             value = perplexity(found["losses"]).value
             print(

@@ -59,6 +59,17 @@ def once(name: str, command: str, measure: Callable[[], dict[str, Any]]) -> dict
     return result
 
 
+def once_among(
+    work: Path, name: str, command: str, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """``once``, or None, and a line that says so, while another process is at that result."""
+    with claimed(work, name) as mine:
+        if mine:
+            return once(name, command, measure)
+    print(f"{name}: another process is at it", flush=True)
+    return None
+
+
 @contextmanager
 def claimed(work: Path, name: str) -> Iterator[bool]:
     """Whether no other process with this work folder is measuring that result.
