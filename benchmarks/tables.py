@@ -16,7 +16,7 @@ from benchmarks.cqe import ROWS as CQE
 from benchmarks.second import MODEL as SECOND_MODEL
 from benchmarks.second import ROWS as SECOND
 from benchmarks.tables_cost import cost, cqe_cost, plan, products, scaling, training_step
-from benchmarks.tables_cqe import plug_in
+from benchmarks.tables_cqe import plug_in, probes
 from benchmarks.tables_low_bits import low_bits
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
 
@@ -351,6 +351,7 @@ def main() -> None:
         *ablation(results),
         *plug_in(results),
         *cqe(results),
+        *probes(results),
         *second(results),
         *training_step(results),
         *cqe_cost(results),

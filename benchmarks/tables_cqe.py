@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from benchmarks.cqe import ADDONS, BASES
+from benchmarks.probe import BLOCKS, LAYERS, LENGTH, ORIGINAL, SAMPLES, WINDOWS
 from benchmarks.rows import result_name
 from crossbit.evaluation.statistics import Estimate, paired_loss
 
@@ -72,5 +73,37 @@ def plug_in(results: Results) -> list[str]:
         f"| row | kind | seed | base's loss | loss | less by | +- | {WANTED:.0%} reached |",
         "|---|---|---|---|---|---|---|---|",
         *lines,
+        "",
+    ]
+
+
+def probes(results: Results) -> list[str]:
+    """What was tried in the first blocks, beside the recipe alone, least loss first."""
+    found = results.get(ORIGINAL)
+    made = [result for name, result in results.items() if name.startswith("probe-")]
+    if found is None or not made:
+        return []
+    rows = []
+    for probe in made:
+        paired = paired_loss(probe["losses"], found["losses"])
+        row = " ".join([probe["recipe"], *probe["settings"]])
+        base = probe["recipe"].split("+")[0]
+        text = f"| {row} | {100 * paired.value:+.2f} % | {100 * paired.stderr:.2f} |"
+        rows.append((base, paired.value, f"{text} {probe['cpu_seconds']:.0f} |"))
+    return [
+        "### Tried in the first blocks",
+        "",
+        f"SmolLM2-135M-Instruct, the first {BLOCKS} of {LAYERS} blocks quantized, the others, "
+        "embedding and",
+        f"head in bf16; {SAMPLES} x {LENGTH} tokens of the embedded text and the budget of the "
+        "tables of CQE+;",
+        f"loss on {WINDOWS} windows of 2048 of the embedded evaluation text, on which settings may "
+        "be chosen;",
+        "stored integers (`python -m benchmarks.probe`). CPU seconds are those of quantization and",
+        "verification on one thread.",
+        "",
+        "| recipe and settings | loss | +- | CPU s |",
+        "|---|---|---|---|",
+        *(text for *_, text in sorted(rows)),
         "",
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import ablation, cqe, run, second
+from benchmarks import ablation, cqe, probe, run, second
 from benchmarks.low_bits import OURS, SETTINGS
 from benchmarks.quantizing import FLOAT_ENDS
 from benchmarks.rows import result_name
@@ -20,6 +20,7 @@ TABLES = {
     "ablation": (ablation.ROWS, (*ablation.SETTINGS, "calibration.samples=32")),
     "cqe": (cqe.ROWS, cqe.BUDGET),
     "second": (second.ROWS, ()),
+    "probe": ({row: probe.split(row) for row in probe.ROWS}, cqe.BUDGET),
     **{
         f"low_bits {name}": (rows, SETTINGS[name].overrides + FLOAT_ENDS)
         for name, rows in OURS.items()
