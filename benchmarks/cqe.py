@@ -42,10 +42,22 @@ HALF: Rows = {
     },
     f"{PARTS} band 32+cl, half ahead": (f"{PARTS}+cl", (*_wide("band", 32), _FEWER)),
 }
+# PrefixQuant's steps trained and nothing else: the preset trains the rounding of every weight too.
+_SCALES = ("solver.parameter=none",)
+SCALES: Rows = {
+    f"prefixquant-w4a4{addon}, scales alone": (f"prefixquant-w4a4{addon}", _SCALES)
+    for addon in ADDONS
+}
+# A base, and what is compared with it: all that it has, and both add-ons.
+PAIRS = (
+    *((base, f"{base}{ADDONS[1]}{ahead}") for base in BASES for ahead in ("", ", half ahead")),
+    tuple(SCALES),
+)
 # What the add-ons are worth comes first, then the parts, on 2-bit weights, where they have the most
 # to do, then the weights themselves, trained with the same budget.
 ROWS: Rows = {
     **{f"{base}{addon}": (f"{base}{addon}", ()) for base in BASES for addon in ADDONS},
+    **SCALES,
     f"{PARTS}+sde": (f"{PARTS}+sde", ()),
     f"{PARTS}+cl": (f"{PARTS}+cl", ()),
     **{

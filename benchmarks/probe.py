@@ -28,12 +28,12 @@ SAMPLES, LENGTH = 64, 512
 ORIGINAL = f"demo-original-embedded-{WINDOWS}"
 _REST = ", ".join(f"layers.{index}" for index in range(BLOCKS, LAYERS))
 ROWS = (
-    "prefixquant-w4a4",
-    "prefixquant-w4a4+cl001",
     "duquant-w4a4",
     "duquant-w4a4+sde+cl",
-    "duquant-w4a4+sde+cl001",
-    "prefixquant-w4a4 objective.window=2",
+    "prefixquant-w4a4",
+    "prefixquant-w4a4+cl001",
+    "prefixquant-w4a4 solver.parameter=none",
+    "prefixquant-w4a4+sde+cl solver.parameter=none",
 )
 
 
