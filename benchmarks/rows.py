@@ -37,6 +37,8 @@ class Table:
         model: that is quantized.
         windows: of 2048 tokens, that are evaluated.
         long: rows that are run only when they are named, of which some take hours.
+        embedded: evaluated on the embedded text, so that settings may be chosen; rows that are not
+            listed can be named then, as a preset and settings.
     """
 
     name: str
@@ -47,6 +49,27 @@ class Table:
     model: str = "demo"
     windows: int = WINDOWS
     long: tuple[str, ...] = ()
+    embedded: bool = False
+
+    @property
+    def original(self) -> str:
+        """The name of the result of the model as it is."""
+        text = "embedded-" if self.embedded else ""
+        return f"{self.model}-original-{text}{self.windows}"
+
+    def row(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """Preset and settings of a row.
+
+        Raises:
+            KeyError: not listed.
+        """
+        return split(name) if self.embedded else self.rows[name]
+
+
+def split(row: str) -> tuple[str, tuple[str, ...]]:
+    """Preset and settings of a row that is named by them."""
+    preset, *changes = row.split()
+    return preset, tuple(changes)
 
 
 def result_name(table: str, row: str, seed: int) -> str:
@@ -56,7 +79,7 @@ def result_name(table: str, row: str, seed: int) -> str:
 
 def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict[str, Any]:
     """Quantize, evaluate the folder, remove it."""
-    preset, changes = table.rows[row]
+    preset, changes = table.row(row)
     out: Path = args.work / result_name(table.name, row, seed)
     # Settings, so that a row can have its own.
     budget = (f"calibration.samples={table.samples}", f"calibration.length={table.length}")
@@ -92,14 +115,17 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
 def run(table: Table, doc: str | None) -> None:
     """The command line of a table."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--text", required=True, help="WikiText-2 raw test, as a file or wikitext2")
+    if not table.embedded:
+        helped = "WikiText-2 raw test, as a file or wikitext2"
+        parser.add_argument("--text", required=True, help=helped)
     parser.add_argument("--work", type=Path, required=True, help="folder for quantized models")
     parser.add_argument("--only", help="rows, separated by semicolons; default: all")
-    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--seeds", default="0" if table.embedded else "0,1")
+    parser.set_defaults(text=None)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     original = once(
-        f"{table.model}-original-{table.windows}",
+        table.original,
         f"crossbit evaluate {table.model} --windows {table.windows}",
         lambda: crossbit.evaluate(table.model, text=args.text, windows=table.windows)["perplexity"],
     )["losses"]

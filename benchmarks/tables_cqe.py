@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 from benchmarks.cqe import PAIRS
-from benchmarks.probe import BLOCKS, LAYERS, LENGTH, ORIGINAL, SAMPLES, WINDOWS
+from benchmarks.probe import BLOCKS, LAYERS
+from benchmarks.probe import TABLE as PROBE
 from benchmarks.rows import result_name
 from crossbit.evaluation.statistics import Estimate, paired_loss
 
@@ -77,32 +78,33 @@ def plug_in(results: Results) -> list[str]:
 
 
 def probes(results: Results) -> list[str]:
-    """What was tried in the first blocks, beside the recipe alone, least loss first."""
-    found = results.get(ORIGINAL)
+    """What was tried in the first blocks, seed by seed, the least loss of a base first."""
+    found = results.get(PROBE.original)
     made = [result for name, result in results.items() if name.startswith("probe-")]
     if found is None or not made:
         return []
     rows = []
     for probe in made:
         paired = paired_loss(probe["losses"], found["losses"])
-        row = " ".join([probe["recipe"], *probe["settings"]])
-        base = probe["recipe"].split("+")[0]
-        text = f"| {row} | {100 * paired.value:+.2f} % | {100 * paired.stderr:.2f} |"
-        rows.append((base, paired.value, f"{text} {probe['cpu_seconds']:.0f} |"))
+        base = probe["row"].split()[0].split("+")[0]
+        text = f"| {probe['row']} | {probe['seed']} | {100 * paired.value:+.2f} %"
+        text += f" | {100 * paired.stderr:.2f} | {probe['cpu_seconds']:.0f} |"
+        rows.append((base, probe["seed"], paired.value, text))
     return [
         "### Tried in the first blocks",
         "",
         f"SmolLM2-135M-Instruct, the first {BLOCKS} of {LAYERS} blocks quantized, the others, "
         "embedding and",
-        f"head in bf16; {SAMPLES} x {LENGTH} tokens of the embedded text and the budget of the "
-        "tables of CQE+;",
-        f"loss on {WINDOWS} windows of 2048 of the embedded evaluation text, on which settings may "
-        "be chosen;",
+        f"head in bf16; {PROBE.samples} x {PROBE.length} tokens of the embedded text and the "
+        "budget of the",
+        f"tables of CQE+; loss on {PROBE.windows} windows of 2048 of the embedded evaluation text, "
+        "on which",
+        "settings may be chosen;",
         "stored integers (`python -m benchmarks.probe`). CPU seconds are those of quantization and",
         "verification on one thread.",
         "",
-        "| recipe and settings | loss | +- | CPU s |",
-        "|---|---|---|---|",
+        "| recipe and settings | seed | loss | +- | CPU s |",
+        "|---|---|---|---|---|",
         *(text for *_, text in sorted(rows)),
         "",
     ]

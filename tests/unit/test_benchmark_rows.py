@@ -9,7 +9,7 @@ import pytest
 from benchmarks import ablation, cqe, probe, run, second
 from benchmarks.low_bits import OURS, SETTINGS
 from benchmarks.quantizing import FLOAT_ENDS
-from benchmarks.rows import result_name
+from benchmarks.rows import Table, result_name
 from benchmarks.run import steps
 from benchmarks.store import claimed
 
@@ -20,7 +20,7 @@ TABLES = {
     "ablation": (ablation.ROWS, (*ablation.SETTINGS, "calibration.samples=32")),
     "cqe": (cqe.ROWS, cqe.BUDGET),
     "second": (second.ROWS, ()),
-    "probe": ({row: probe.split(row) for row in probe.ROWS}, cqe.BUDGET),
+    "probe": (probe.TABLE.rows, probe.TABLE.settings),
     **{
         f"low_bits {name}": (rows, SETTINGS[name].overrides + FLOAT_ENDS)
         for name, rows in OURS.items()
@@ -63,6 +63,15 @@ def test_all_of_them_are_run() -> None:
     assert names[-1] == "tables"
     named = {row for _, *options in made for row in (options or [""])[-1].split(";")}
     assert set(ablation.LONG) | set(cqe.LONG) <= named
+
+
+def test_rows_on_the_embedded_text_need_not_be_listed() -> None:
+    listed = Table("t", {"a": ("rtn-w8a8", ())}, samples=1, length=1)
+    with pytest.raises(KeyError, match="rtn-w4a16"):
+        listed.row("rtn-w4a16")
+    found = probe.TABLE.row("rtn-w4a16+cl training.epochs=2")
+    assert found == ("rtn-w4a16+cl", ("training.epochs=2",))
+    assert probe.TABLE.original != Table("t", {}, samples=1, length=1, windows=12).original
 
 
 def test_a_row_is_measured_by_one_process_at_a_time(tmp_path: Path) -> None:

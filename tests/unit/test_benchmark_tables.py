@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from benchmarks.probe import ORIGINAL
+from benchmarks.probe import TABLE
 from benchmarks.tables_cqe import plug_in, probes, reduction
 from benchmarks.tables_low_bits import low_bits
 
@@ -64,18 +64,18 @@ def test_probes_stand_by_their_bases() -> None:
     tried = {"a": ("x-w4a4+cl", 1.3), "b": ("x-w4a4", 1.4), "c": ("a-w4a4", 1.9)}
     results: dict[str, dict[str, Any]] = {
         f"probe-{name}": {
-            "recipe": recipe,
-            "settings": ["training.step=0"],
+            "row": f"{recipe} training.step=0",
+            "seed": 0,
             "losses": [loss, loss + 0.1],
             "cpu_seconds": 60.0,
         }
         for name, (recipe, loss) in tried.items()
     }
     assert probes(results) == []
-    results[ORIGINAL] = {"losses": [1.0, 1.2]}
+    results[TABLE.original] = {"losses": [1.0, 1.2]}
     rows = [line for line in probes(results) if "training.step" in line]
     assert [row.split()[1] for row in rows] == ["a-w4a4", "x-w4a4+cl", "x-w4a4"]
-    assert probes({ORIGINAL: results[ORIGINAL]}) == []
+    assert probes({TABLE.original: results[TABLE.original]}) == []
 
 
 def test_low_bits_stand_in_one_table() -> None:
