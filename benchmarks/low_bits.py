@@ -84,6 +84,7 @@ OURS: dict[str, _Methods] = {
         "cbq-overlap": ("cbq-w4a16", ("objective.overlap=1",)),
         "cbq-e2e-hold": ("cbq-w4a16+e2e", _HELD),
         "cbq-fisher": ("cbq-w4a16", ("objective.metric=fisher", "objective.overlap=1")),
+        "cbq-overlap-cl": ("cbq-w4a16+cl", ("objective.overlap=1",)),
     },
     "w3a16": {
         **_WEIGHTS,
@@ -93,6 +94,7 @@ OURS: dict[str, _Methods] = {
         "cbq-e2e": ("cbq-w3a16+e2e", _TUNED),
         "cbq-e2e-hold": ("cbq-w3a16+e2e", _HELD),
         "cbq-no-overlap-e2e-hold": ("cbq-w3a16+e2e", (*_ONCE, *_HELD)),
+        "cbq-no-overlap-e2e-hold-cl": ("cbq-w3a16+e2e+cl", (*_ONCE, *_HELD)),
     },
     "w2a16": {
         **_WEIGHTS,
@@ -104,6 +106,7 @@ OURS: dict[str, _Methods] = {
             "cbq-w2a16+e2e",
             ("end_to_end.epochs=2", "end_to_end.step=3e-4", "norms=true"),
         ),
+        "cbq-e2e-hold-cl": ("cbq-w2a16+e2e+cl", _HELD),
     },
     "w4a8": {
         "rtn": ("rtn-w4a8-g64", ()),
