@@ -137,6 +137,29 @@ def test_only_for_gradients_and_calibration(
         assert torch.equal(out, plain)
 
 
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_prefix_is_the_beginning_of_a_causal_sequence(
+    calibrate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask is made, and evaluation stays as exact as torch's kernel with one."""
+    monkeypatch.setattr(seam, "_with_prefix_visible", None)
+    length, prefix = 300, 3
+    q, k, v, _ = _inputs(2, 4, 2, length + prefix, 16)
+    k[1, :, :prefix], v[1, :, :prefix] = k[0, :, :prefix], v[0, :, :prefix]
+    module = _module(True)
+    change = seam.AttentionChange(prefix_key=k[:1, :, :prefix], prefix_value=v[:1, :, :prefix])
+    setattr(module, seam._STATE, seam._State(change))
+    own = [x[:, :, prefix:] for x in (q, k, v)]
+    with calibrating() if calibrate else nullcontext():
+        out, _ = seam.attention(module, own[0], own[1], own[2], None, scaling=0.25)
+    assert out.is_contiguous()
+    seen = torch.ones(length, length + prefix, dtype=torch.bool).tril(prefix)[None, None]
+    masked, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, own[0], k, v, seen, scaling=0.25)
+    exact = _reference(q, k, v, torch.zeros_like(q), 0.25)[0][:, :, prefix:].transpose(1, 2)
+    errors = [float((x.double() - exact).norm() / exact.norm()) for x in (out, masked)]
+    assert errors[0] < (2 if calibrate else 1.05) * errors[1]
+
+
 def test_blocks_are_quantized_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing after them is, should they fail too."""
     seen: list[bool] = []

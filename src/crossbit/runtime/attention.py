@@ -3,8 +3,8 @@
 One seam for calibration, evaluation and generation. ``register`` makes "crossbit" an attention
 implementation of transformers; a model opened with it computes what "sdpa" computes, bit for bit,
 until ``attach`` gives one of its attention modules an ``AttentionChange``. Where gradients are
-wanted on a CPU, or within ``calibrating``, and no mask says more than causal, as a prefix or a
-sliding window would, it takes a faster way to nearly the same (``causal_attention``). Models with
+wanted on a CPU, or within ``calibrating``, and no mask says more than causal, as a sliding window
+would, it takes a faster way to nearly the same (``causal_attention``). Models with
 soft-capped scores (Gemma-2) run as "eager" only in transformers, and are computed here as "eager"
 does.
 
@@ -266,6 +266,7 @@ def attention(
     if record is not None:
         record.append((key.detach(), value.detach()))
     state: _State | None = getattr(module, _STATE, None)
+    added = 0  # queries in front
     if state is not None:
         if state.hook is not None and state.hook.id not in _key_source(module)._forward_hooks:
             raise WorkError("a key layer was replaced after attach(): attach the change again")
@@ -273,20 +274,33 @@ def attention(
         query = change.rotate(query)
         key, value = _changed(change, key, value)
         if change.prefix_key is not None and change.prefix_value is not None:
+            prefix = change.prefix_key.shape[2]
             causal = _is_causal(module, kwargs)
-            attention_mask = _with_prefix_visible(
-                attention_mask, query, key, change.prefix_key.shape[2], causal
-            )
+            capped = kwargs.get("softcap") is not None
+            if causal and not capped and _is_whole(query, key, attention_mask):
+                query, added = functional.pad(query, (0, 0, prefix, 0)), prefix
+            else:
+                attention_mask = _with_prefix_visible(attention_mask, query, key, prefix, causal)
             key = _prepend(change.rotate(change.prefix_key), key)
             value = _prepend(change.prefix_value, value)
     if kwargs.get("softcap") is not None:
         return _softcapped(module, query, key, value, attention_mask, **kwargs), None
     if _fast(module, query, key, value, attention_mask, kwargs):
         scale = _scale(query, kwargs.get("scaling"))
-        return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    found: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, **kwargs)
-    return found
+        found = causal_attention(query, key, value, scale).transpose(1, 2)
+    else:
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        found, _ = plain(module, query, key, value, attention_mask, **kwargs)
+    return found[:, added:].contiguous(), None
+
+
+def _is_whole(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """True for sequences from their first token on, of which each sees all before it.
+
+    After a prefix they are the end of a causal sequence. With queries for the prefix too, whose
+    outputs are dropped, no mask is needed, which the kernels take two to three times as long with.
+    """
+    return mask is None and query.shape[2] == key.shape[2] > 1
 
 
 def _fast(
