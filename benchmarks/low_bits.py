@@ -113,6 +113,7 @@ OURS: dict[str, _Methods] = {
         "crossquant": ("crossquant-w4a8-g64", ()),
         "cbq": ("cbq-w4a8", ()),
         "cbq-no-crossquant": ("cbq-w4a8", ("activations={bits: 8}", "transforms=[]")),
+        "cbq-e2e-hold": ("cbq-w4a8+e2e", _HELD),
     },
     "w4a4-g64": {
         "rtn": ("rtn-w4a8-g64", _A4),
@@ -122,6 +123,7 @@ OURS: dict[str, _Methods] = {
         "duquant": ("duquant-w4a4", ("training.epochs=4",)),
         "best-plain": ("best-w4a4-plain", ()),
         "best": ("best-w4a4", ()),
+        "best-e2e-hold": ("best-w4a4+e2e", _HELD),
     },
     "w4a4": {
         "rtn": ("rtn-w4a4", ()),
@@ -131,6 +133,7 @@ OURS: dict[str, _Methods] = {
         "duquant": ("duquant-w4a4-channel", ("training.epochs=4",)),
         "best-plain": ("best-w4a4-channel-plain", ()),
         "best": ("best-w4a4-channel", ()),
+        "best-e2e-hold": ("best-w4a4-channel+e2e", _HELD),
     },
 }
 _PEERS_WEIGHTS = ("llmcompressor-gptq", "llmcompressor-awq", "autoround")
