@@ -17,7 +17,7 @@ from benchmarks.second import MODEL as SECOND_MODEL
 from benchmarks.second import ROWS as SECOND
 from benchmarks.tables_cost import cost, cqe_cost, plan, products, scaling, training_step
 from benchmarks.tables_cqe import plug_in, probes
-from benchmarks.tables_low_bits import low_bits
+from benchmarks.tables_low_bits import headline, low_bits
 from crossbit.evaluation.statistics import Estimate, paired_loss, perplexity
 
 HERE = Path(__file__).parent
@@ -337,12 +337,14 @@ def main() -> None:
     results = stored()
     smol = "SmolLM2-135M-Instruct (dequantized from GGUF Q4_1), WikiText-2 raw test, 2048 tokens"
     gemma = "Gemma-3-270M (dequantized from GGUF Q4_K_M), WikiText-2 raw test, 2048 tokens"
-    text = [
+    common = [
         "Windows of 2048 tokens from the start of the test split; calibration on the embedded",
         "Wikipedia text (64 x 1024 tokens) unless the row says otherwise; bf16 computation; every",
         "row is the exported integers, reloaded and verified, unless it says fake-quant. The loss",
         "is perplexity / original - 1, paired over windows, with its standard error.",
         "",
+    ]
+    text = [
         *quality(results, "demo", smol),
         *differences(results),
         *quality(results, "demo-gemma", gemma),
@@ -372,13 +374,16 @@ def main() -> None:
         f"Measured {', '.join(sorted(dates))}; commands in `results/*.json`.",
         "",
     ]
-    (HERE / "RESULTS.md").write_text("\n".join([*head, *text, *more]).rstrip() + "\n", "utf8")
+    (HERE / "RESULTS.md").write_text(
+        "\n".join([*head, *common, *text, *more]).rstrip() + "\n", "utf8"
+    )
     readme = HERE.parent / "README.md"
     page = readme.read_text("utf8")
     if BEGIN in page and END in page:
         before, rest = page.split(BEGIN)
         after = rest.split(END)[1]
-        body = "\n".join(text).rstrip()
+        short = [*headline(results), *plug_in(results), *common, *quality(results, "demo", smol)]
+        body = "\n".join(short).rstrip()
         readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", "utf8")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from benchmarks.probe import TABLE
 from benchmarks.tables_cqe import plug_in, probes, reduction
-from benchmarks.tables_low_bits import low_bits
+from benchmarks.tables_low_bits import headline, low_bits
 
 
 def test_a_reduction_is_of_the_loss() -> None:
@@ -103,3 +103,42 @@ def test_low_bits_stand_in_one_table() -> None:
     assert f"{100 * (math.exp(1.25) - 1):+.2f} %" in lines[0]
     assert "| 4.25 |" in lines[1]
     assert low_bits({"demo-original-40": {"losses": [1.0, 1.5]}}) == []
+
+
+def test_the_headline_is_the_least_loss_of_each_side_and_kind() -> None:
+    """From the same tokens; what a row is made with can be typed."""
+
+    def row(method: str, loss: float, samples: int = 64, kind: str = "plain") -> dict[str, Any]:
+        return {
+            "setting": "w4a4-g64",
+            "method": method,
+            "kind": kind,
+            "samples": samples,
+            "length": 512,
+            "loss": loss,
+            "losses": [2.0, 3.0],
+        }
+
+    made = [
+        row("ours-cbq", 2.0),
+        row("ours-quarot", 3.0, kind="online"),
+        row("ours-best", 1.0, samples=128, kind="online"),
+        row("autoround", 9.0),
+        row("llmcompressor-gptq", 8.0),
+        row("ours-rtn", 50.0, samples=1),
+    ]
+    results = {f"low-bits-{n}": r for n, r in enumerate(made)}
+    assert headline(results) == []
+    results["demo-original-40"] = {"losses": [1.0, 1.5]}
+    lines = [line for line in headline(results) if line.startswith("| W")]
+    peer = "llmcompressor-gptq | +800.0 % | +5000.0 % |"
+    assert lines == [
+        f"| W4A4 | `cbq-w4a4` | plain | +200.0 % | {peer}",
+        f"| W4A4 | `quarot-w4a4` | online | +300.0 % | {peer}",
+    ]
+    results["cqe-duquant-w4a4-seed0"] = row("", 0, kind="online") | {"losses": [1.1, 1.6]}
+    assert "| `duquant-w4a4` | online | +10.5 % |" in headline(results)[-2]
+    results["low-bits-w3"] = row("ours-cbq-no-overlap-e2e-hold", 1.0) | {"setting": "w3a16"}
+    assert any(
+        "`cbq-w3a16-e2e` | plain | +100.0 % |  |  |  |" in line for line in headline(results)
+    )
