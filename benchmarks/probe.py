@@ -15,6 +15,7 @@ from benchmarks.rows import Table, run, split
 
 BLOCKS, LAYERS = 8, 30
 _REST = ", ".join(f"layers.{index}" for index in range(BLOCKS, LAYERS))
+_PLAIN = 'transforms=[] activations={"bits":8}'
 ROWS = (
     "duquant-w4a4",
     "duquant-w4a4+sde+cl",
@@ -22,6 +23,13 @@ ROWS = (
     "prefixquant-w4a4+cl001",
     "prefixquant-w4a4 solver.parameter=none",
     "prefixquant-w4a4+sde+cl solver.parameter=none",
+    "cbq-w3a16 training.epochs=2",
+    "cbq-w3a16+cl training.epochs=2",
+    # CrossQuant's fold with and without training, and neither.
+    *(f"cbq-w4a8 training.epochs={epochs}" for epochs in (0, 2)),
+    f"cbq-w4a8 training.epochs=2 {_PLAIN}",
+    "crossquant-w4a8-g64",
+    f"crossquant-w4a8-g64 {_PLAIN}",
 )
 TABLE = Table(
     "probe",

@@ -12,6 +12,7 @@ from benchmarks.quantizing import FLOAT_ENDS
 from benchmarks.rows import Table, result_name
 from benchmarks.run import steps
 from benchmarks.store import claimed
+from benchmarks.tables_low_bits import PRESETS
 
 from crossbit.compat import check_recipe
 from crossbit.recipe import Recipe
@@ -38,6 +39,17 @@ def test_rows_are_recipes(name: str) -> None:
         found[row] = recipe.digest
     assert len(set(found.values())) == len(rows)
     assert len({result_name(name, row, 0) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(("place", "preset"), PRESETS.items())
+def test_rows_that_became_presets(place: tuple[str, str], preset: str) -> None:
+    """The same recipe but for what it is called."""
+    setting, method = place
+    grid = (*SETTINGS[setting].overrides, *FLOAT_ENDS)
+    recipe, changes = OURS[setting][method.removeprefix("ours-")]
+    called = {"name", "summary", "source"}
+    made = Recipe.load(recipe, [*grid, *changes]).model_dump(exclude=called)
+    assert made == Recipe.load(preset, grid).model_dump(exclude=called)
 
 
 def test_the_ablation_is_of_three_epochs() -> None:
