@@ -382,7 +382,8 @@ def main() -> None:
     if BEGIN in page and END in page:
         before, rest = page.split(BEGIN)
         after = rest.split(END)[1]
-        short = [*headline(results), *plug_in(results), *common, *quality(results, "demo", smol)]
+        heading, *table = quality(results, "demo", smol)
+        short = [*headline(results), *plug_in(results), heading, "", *common, *table[1:]]
         body = "\n".join(short).rstrip()
         readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", "utf8")
 

@@ -65,7 +65,7 @@ def plug_in(results: Results) -> list[str]:
     return [
         "### Loss with both add-ons against each base alone",
         "",
-        "SmolLM2-135M-Instruct, 64 x 512 tokens, 4 epochs: rows of the table of CQE+ in pairs; the",
+        "SmolLM2-135M-Instruct, 64 x 512 tokens, 4 epochs: rows of `benchmarks.cqe` in pairs; the",
         "error is the jackknife's over windows. Rows of kind online run in crossbit's own loader.",
         "`half ahead` sends half of the sequences through the blocks after the window, the add-on",
         "four of five. `scales alone` trains the steps of PrefixQuant and no weight's rounding,",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
-from benchmarks.cqe import HALF
+from benchmarks.cqe import BUDGET, HALF
 from benchmarks.cqe import ROWS as CQE
-from benchmarks.low_bits import OURS
+from benchmarks.low_bits import OURS, SETTINGS
 from benchmarks.rows import result_name
 from crossbit.evaluation.statistics import paired_loss
+from crossbit.recipe import Recipe
 
 LOW_BITS = {
     "w4a16": "W4A16",
@@ -41,7 +43,7 @@ def headline(results: dict[str, dict[str, Any]]) -> list[str]:
         return []
     found = [r for name, r in results.items() if name.startswith("low-bits-") and "loss" in r]
     of_cqe = _of_cqe(results, original["losses"])
-    lines = []
+    lines, most = [], 0
     for setting, shown in LOW_BITS.items():
         here = [r for r in found if r["setting"] == setting]
         nearest = [r for r in here if r["method"] == "ours-rtn"]
@@ -55,13 +57,14 @@ def headline(results: dict[str, dict[str, Any]]) -> list[str]:
             if not of_kind:
                 continue
             best = min(of_kind, key=lambda r: float(r["loss"]))
+            most = max(most, len(of_kind))
             cells = [shown, _recipe(best), kind, _loss(best)]
             if peers:
                 peer = min(peers, key=lambda r: float(r["loss"]))
                 cells += [peer["method"], _loss(peer)]
             else:
                 cells += ["", ""]
-            cells.append(_loss(nearest[0]) if nearest else "")
+            cells.append(_loss(nearest[0]).partition(" +-")[0] if nearest else "")
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
@@ -72,8 +75,12 @@ def headline(results: dict[str, dict[str, Any]]) -> list[str]:
         "of 64 unless a row says per channel; 40 windows of 2048 tokens of the WikiText-2 raw",
         "test. Loss is perplexity / original - 1; exported integers on both sides, the same",
         "evaluator; embedding and head in bf16. Kind plain loads in transformers, kind online in",
-        "crossbit alone. The least loss of each side; every row, with errors, times and memory, is",
-        "in [benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
+        "crossbit alone. The least loss of each side, +- the error of the windows, one seed: of up",
+        f"to {most} rows of ours in a line and three of the peers', all of which, with times and",
+        "memory, are in [benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
+        "",
+        "Ours are made with `crossbit quantize demo --samples 64 --length 512 --set embedding=null",
+        "--set head=null`, `--recipe` and what stands here.",
         "",
         "| setting | crossbit | kind | loss | best peer | loss | round to nearest |",
         "|---|---|---|---|---|---|---|",
@@ -83,18 +90,24 @@ def headline(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _recipe(row: dict[str, Any]) -> str:
-    """What to type for a row: preset and add-ons, and settings beyond the grid's."""
+    """What to type for a row: preset and add-ons, and settings."""
     setting, method = row["setting"], row["method"]
     if (preset := PRESETS.get((setting, method))) is not None:
         return f"`{preset}`"
-    known = OURS[setting].get(method.removeprefix("ours-"))
-    if known is None:
-        return f"`{method.partition(',')[0]}`"
-    return " ".join(f"`{word}`" for word in (known[0], *known[1]))
+    if (known := OURS[setting].get(method.removeprefix("ours-"))) is None:
+        recipe, changes = CQE[method]
+        changes = (*BUDGET, *changes)
+    else:
+        recipe, changes = known
+        # The grid, where the preset has another.
+        grid = SETTINGS[setting].overrides
+        own, other = (Recipe.load(recipe, of).weights for of in ((), grid))
+        changes = (*(grid if own != other else ()), *changes)
+    return f"`{' --set '.join(map(shlex.quote, (recipe, *changes)))}`"
 
 
 def _loss(row: dict[str, Any]) -> str:
-    return f"{100 * row['loss']:+.1f} %"
+    return f"{100 * row['loss']:+.1f} % +- {100 * row['loss_stderr']:.1f}"
 
 
 def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -45,11 +45,11 @@ def test_rows_are_recipes(name: str) -> None:
 def test_rows_that_became_presets(place: tuple[str, str], preset: str) -> None:
     """The same recipe but for what it is called."""
     setting, method = place
-    grid = (*SETTINGS[setting].overrides, *FLOAT_ENDS)
     recipe, changes = OURS[setting][method.removeprefix("ours-")]
     called = {"name", "summary", "source"}
-    made = Recipe.load(recipe, [*grid, *changes]).model_dump(exclude=called)
-    assert made == Recipe.load(preset, grid).model_dump(exclude=called)
+    settings = [*SETTINGS[setting].overrides, *FLOAT_ENDS, *changes]
+    made = Recipe.load(recipe, settings).model_dump(exclude=called)
+    assert made == Recipe.load(preset, FLOAT_ENDS).model_dump(exclude=called)
 
 
 def test_the_ablation_is_of_three_epochs() -> None:

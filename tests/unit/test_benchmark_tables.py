@@ -116,6 +116,7 @@ def test_the_headline_is_the_least_loss_of_each_side_and_kind() -> None:
             "samples": samples,
             "length": 512,
             "loss": loss,
+            "loss_stderr": 0.01,
             "losses": [2.0, 3.0],
         }
 
@@ -131,14 +132,20 @@ def test_the_headline_is_the_least_loss_of_each_side_and_kind() -> None:
     assert headline(results) == []
     results["demo-original-40"] = {"losses": [1.0, 1.5]}
     lines = [line for line in headline(results) if line.startswith("| W")]
-    peer = "llmcompressor-gptq | +800.0 % | +5000.0 % |"
+    peer = "llmcompressor-gptq | +800.0 % +- 1.0 | +5000.0 % |"
     assert lines == [
-        f"| W4A4 | `cbq-w4a4` | plain | +200.0 % | {peer}",
-        f"| W4A4 | `quarot-w4a4` | online | +300.0 % | {peer}",
+        f"| W4A4 | `cbq-w4a4` | plain | +200.0 % +- 1.0 | {peer}",
+        f"| W4A4 | `quarot-w4a4` | online | +300.0 % +- 1.0 | {peer}",
     ]
-    results["cqe-duquant-w4a4-seed0"] = row("", 0, kind="online") | {"losses": [1.1, 1.6]}
-    assert "| `duquant-w4a4` | online | +10.5 % |" in headline(results)[-2]
-    results["low-bits-w3"] = row("ours-cbq-no-overlap-e2e-hold", 1.0) | {"setting": "w3a16"}
-    assert any(
-        "`cbq-w3a16-e2e` | plain | +100.0 % |  |  |  |" in line for line in headline(results)
-    )
+    row_of_cqe = row("", 0, kind="online") | {"losses": [1.1, 1.6]}
+    results["cqe-duquant-w4a4+cl-half-ahead-seed0"] = row_of_cqe
+    shown = headline(results)[-2]
+    assert shown.startswith("| W4A4 | `duquant-w4a4+cl --set training.epochs=4 --set ")
+    assert " --set objective.ahead_share=0.5` | online | +10.5 % " in shown
+    for method, wanted in {
+        "cbq-no-overlap-e2e-hold": "cbq-w3a16-e2e",
+        "gptq": "gptq-w4a16-g64 --set weights.bits=3 --set weights.group=64 "
+        "--set weights.symmetric=false",
+    }.items():
+        results["low-bits-w3"] = row(f"ours-{method}", 1.0) | {"setting": "w3a16"}
+        assert any(f"| `{wanted}` | plain | +100.0 % " in line for line in headline(results))

@@ -146,9 +146,7 @@ def test_a_prefix_is_the_beginning_of_a_causal_sequence(
     length, prefix = 300, 3
     q, k, v, _ = _inputs(2, 4, 2, length + prefix, 16)
     k[1, :, :prefix], v[1, :, :prefix] = k[0, :, :prefix], v[0, :, :prefix]
-    module = _module(True)
-    change = seam.AttentionChange(prefix_key=k[:1, :, :prefix], prefix_value=v[:1, :, :prefix])
-    setattr(module, seam._STATE, seam._State(change))
+    module = _with_prefix(k[:1, :, :prefix], v[:1, :, :prefix])
     own = [x[:, :, prefix:] for x in (q, k, v)]
     with calibrating() if calibrate else nullcontext():
         out, _ = seam.attention(module, own[0], own[1], own[2], None, scaling=0.25)
@@ -158,6 +156,44 @@ def test_a_prefix_is_the_beginning_of_a_causal_sequence(
     exact = _reference(q, k, v, torch.zeros_like(q), 0.25)[0][:, :, prefix:].transpose(1, 2)
     errors = [float((x.double() - exact).norm() / exact.norm()) for x in (out, masked)]
     assert errors[0] < (2 if calibrate else 1.05) * errors[1]
+
+
+def _with_prefix(key: Tensor, value: Tensor, *, causal: bool = True) -> nn.Module:
+    module = _module(causal)
+    change = seam.AttentionChange(prefix_key=key, prefix_value=value)
+    setattr(module, seam._STATE, seam._State(change))
+    return module
+
+
+@pytest.mark.parametrize(("sink", "bound"), [(0.0, 0.01), (8.0, 0.02)])
+def test_gradients_after_a_prefix(sink: float, bound: float) -> None:
+    """Of queries, keys and values of the sequence; most of the attention may be on the prefix."""
+    prefix, scale = 2, 0.25
+    q, k, v, g = _inputs(2, 4, 2, 200 + prefix, 16)
+    toward = torch.ones(16) / 4  # every query has a part along it that the prefix answers
+    q = (q + 4 * toward).bfloat16()
+    k[:, :, :prefix] = sink * toward.bfloat16()
+    v[1, :, :prefix] = v[0, :, :prefix]
+    g[:, :, :prefix] = 0  # of the prefix nothing comes out
+    exact = _reference(q, k, v, g, scale)
+    module = _with_prefix(k[:1, :, :prefix], v[:1, :, :prefix])
+    own = [x[:, :, prefix:].clone().requires_grad_() for x in (q, k, v)]
+    out, _ = seam.attention(module, own[0], own[1], own[2], None, scaling=scale)
+    torch.autograd.backward(out.transpose(1, 2), g[:, :, prefix:])
+    found = [out.transpose(1, 2), *(x.grad for x in own)]
+    for ours, wanted in zip(found, exact, strict=True):
+        assert ours is not None
+        wanted = wanted[:, :, prefix:]
+        assert float((ours.double() - wanted).norm()) < bound * float(wanted.norm())
+
+
+def test_without_causality_all_see_all_after_a_prefix() -> None:
+    q, k, v, _ = (x.float() for x in _inputs(1, 4, 2, 12, 16))
+    module = _with_prefix(k[:, :, :3], v[:, :, :3], causal=False)
+    out, _ = seam.attention(module, q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], None, scaling=0.25)
+    keys, values = (x.repeat_interleave(2, 1).double() for x in (k, v))
+    wanted = (q[:, :, 3:].double() @ keys.transpose(2, 3) * 0.25).softmax(-1) @ values
+    assert torch.allclose(out.transpose(1, 2).double(), wanted, atol=1e-5)
 
 
 def test_blocks_are_quantized_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,9 +119,7 @@ class Probe:
         x = self.normal(count, length, self.d.width).to(self.dtype)
         with torch.no_grad():
             taken = best(lambda: block(x, **kwargs))
-        masked = self.d.recipe.prefix is not None or any(
-            name.endswith("mask") and isinstance(x, Tensor) for name, x in kwargs.items()
-        )
+        masked = any(name.endswith("mask") and isinstance(x, Tensor) for name, x in kwargs.items())
         found["evaluated"] = self._evaluated(length)
         found["attention"] = self._attention(length, masked)
         attending = found["evaluated"] * attention(self.d, length)
