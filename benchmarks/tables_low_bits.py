@@ -32,7 +32,6 @@ PRESETS = {
     ("w3a16", "ours-cbq-no-overlap-e2e-hold"): "cbq-w3a16-e2e",
     ("w2a16", "ours-cbq-e2e-hold"): "cbq-w2a16-e2e",
     ("w4a4-g64", "ours-best-e2e-hold"): "best-w4a4-e2e",
-    ("w4a4", "ours-best-e2e-hold"): "best-w4a4-channel-e2e",
 }
 
 
@@ -133,9 +132,9 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
         "rows of ours with asymmetric weights have scales of 32 or, measured later, of 16 bits.",
         "Epochs and rates of the end-to-end rows were chosen on the embedded text. At W3A16",
         "`cbq-no-overlap-e2e-hold`, at W2A16 `cbq-e2e-hold` is the preset `cbq-w3a16-e2e`,",
-        "`cbq-w2a16-e2e`; `best` is `best-w4a4`, per channel `best-w4a4-channel`, with `-e2e-hold`",
-        "the presets whose names end in `-e2e`. Rows of OmniQuant, DuQuant and PrefixQuant are",
-        "those of seed 0 of the table of CQE+ below.",
+        "`cbq-w2a16-e2e`; `best` is `best-w4a4`, per channel `best-w4a4-channel`, `best-e2e-hold`",
+        "is `best-w4a4-e2e`. Rows of OmniQuant, DuQuant and PrefixQuant are those of seed 0 of the",
+        "table of CQE+ below.",
         "",
         "| setting | method | tokens | perplexity | loss | +- | bits a weight | s | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",
