@@ -85,6 +85,7 @@ OURS: dict[str, _Methods] = {
         "cbq-e2e-hold": ("cbq-w4a16+e2e", _HELD),
         "cbq-fisher": ("cbq-w4a16", ("objective.metric=fisher", "objective.overlap=1")),
         "cbq-overlap-cl": ("cbq-w4a16+cl", ("objective.overlap=1",)),
+        "cbq-overlap-rotate": ("cbq-w4a16+rotate", ("objective.overlap=1",)),
         "cbq-overlap-e2e-hold-cl": ("cbq-w4a16+e2e+cl", ("objective.overlap=1", *_HELD)),
     },
     "w3a16": {
