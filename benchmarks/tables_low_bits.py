@@ -143,9 +143,7 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
     for row in sorted(found, key=lambda r: (order[r["setting"]], r.get("loss", float("inf")))):
         budget = f"{row['samples']} x {row['length']}"
         online = " (online)" if row.get("kind") == "online" else ""
-        # Not what the recipe does by itself: the command says so, and the table.
-        token = ", token norm" if "objective.norm=token" in row.get("command", "") else ""
-        head = f"| {LOW_BITS[row['setting']]} | {row['method']}{online}{token} | {budget} |"
+        head = f"| {LOW_BITS[row['setting']]} | {row['method']}{online} | {budget} |"
         if "failed" in row:
             message = row["failed"].replace("|", "/")
             lines.append(f"{head} failed: {message} | | | | | |")
