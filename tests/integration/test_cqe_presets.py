@@ -72,7 +72,10 @@ def test_presets_run(name: str, made: Made) -> None:
     assert result["kind"] == chosen.kind
     assert {layer["bits"] for layer in result["layers"]} == {chosen.weights.bits}
     windows = windows_of(chosen, BLOCKS) if chosen.trains else []
-    assert [row["blocks"] for row in result["training"]] == [[w.start, w.stop - 1] for w in windows]
+    trained = [[w.start, w.stop - 1] for w in windows]
+    if chosen.end_to_end is not None:
+        trained.append([0, BLOCKS - 1])
+    assert [row["blocks"] for row in result["training"]] == trained
     online = json.loads((out / "config.json").read_text()).get("crossbit_online", {})
     rotation = chosen.rotation
     assert bool(online.get("hadamard")) == (rotation is not None and rotation.down)
