@@ -63,7 +63,7 @@ def headline(results: dict[str, dict[str, Any]]) -> list[str]:
                 cells += [peer["method"], _loss(peer)]
             else:
                 cells += ["", ""]
-            cells.append(_loss(nearest[0]).partition(" +-")[0] if nearest else "")
+            cells.append(_percent(nearest[0]["loss"]) if nearest else "")
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
@@ -106,7 +106,11 @@ def _recipe(row: dict[str, Any]) -> str:
 
 
 def _loss(row: dict[str, Any]) -> str:
-    return f"{100 * row['loss']:+.1f} % +- {100 * row['loss_stderr']:.1f}"
+    return f"{_percent(row['loss'])} +- {100 * row['loss_stderr']:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %"
 
 
 def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:

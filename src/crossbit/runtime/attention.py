@@ -267,6 +267,7 @@ def attention(
         record.append((key.detach(), value.detach()))
     state: _State | None = getattr(module, _STATE, None)
     added = 0  # queries in front
+    capped = kwargs.get("softcap") is not None
     if state is not None:
         if state.hook is not None and state.hook.id not in _key_source(module)._forward_hooks:
             raise WorkError("a key layer was replaced after attach(): attach the change again")
@@ -276,14 +277,13 @@ def attention(
         if change.prefix_key is not None and change.prefix_value is not None:
             prefix = change.prefix_key.shape[2]
             causal = _is_causal(module, kwargs)
-            capped = kwargs.get("softcap") is not None
             if causal and not capped and _is_whole(query, key, attention_mask):
                 query, added = functional.pad(query, (0, 0, prefix, 0)), prefix
             else:
                 attention_mask = _with_prefix_visible(attention_mask, query, key, prefix, causal)
             key = _prepend(change.rotate(change.prefix_key), key)
             value = _prepend(change.prefix_value, value)
-    if kwargs.get("softcap") is not None:
+    if capped:
         return _softcapped(module, query, key, value, attention_mask, **kwargs), None
     if _fast(module, query, key, value, attention_mask, kwargs):
         scale = _scale(query, kwargs.get("scaling"))
