@@ -68,6 +68,7 @@ _WEIGHTS: _Methods = {
     "gptq": ("gptq-w4a16-g64", ()),
     "awq-gptq": ("awq-gptq-w4a16-g64", ()),
 }
+_AWQ = "transforms=[{kind: awq_scale}]"
 _A4 = ("activations.bits=4",)
 # Twice as many steps as one epoch has, each larger: 2 bits excepted, whose preset has its own.
 _TUNED = ("end_to_end.epochs=2", "end_to_end.rounding=2e-3", "end_to_end.step=1e-3")
@@ -77,6 +78,8 @@ _TUNED = ("end_to_end.epochs=2", "end_to_end.rounding=2e-3", "end_to_end.step=1e
 # these: .901 -> .822; ``_TUNED``: no lower; step 1e-2: not below it after one epoch.
 _HELD = ("end_to_end.epochs=2", "end_to_end.hold=true", "end_to_end.step=3e-3")
 _ONCE = ("objective.overlap=0", "training.step=1e-3")
+# Where the steps' rate of ``_HELD`` ended above the start, and the stage was refused.
+_GENTLY = ("end_to_end.epochs=2", "end_to_end.hold=true", "end_to_end.step=1e-3")
 OURS: dict[str, _Methods] = {
     "w4a16": {
         **_WEIGHTS,
@@ -87,6 +90,8 @@ OURS: dict[str, _Methods] = {
         "cbq-overlap-cl": ("cbq-w4a16+cl", ("objective.overlap=1",)),
         "cbq-overlap-rotate": ("cbq-w4a16+rotate", ("objective.overlap=1",)),
         "cbq-overlap-e2e-hold-cl": ("cbq-w4a16+e2e+cl", ("objective.overlap=1", *_HELD)),
+        "cbq-overlap-awq": ("cbq-w4a16", ("objective.overlap=1", _AWQ)),
+        "best": ("best-w4a16", ()),
     },
     "w3a16": {
         **_WEIGHTS,
@@ -97,6 +102,7 @@ OURS: dict[str, _Methods] = {
         "cbq-e2e-hold": ("cbq-w3a16+e2e", _HELD),
         "cbq-no-overlap-e2e-hold": ("cbq-w3a16+e2e", (*_ONCE, *_HELD)),
         "cbq-no-overlap-e2e-hold-cl": ("cbq-w3a16+e2e+cl", (*_ONCE, *_HELD)),
+        "cbq-no-overlap-e2e-hold-cl-awq": ("cbq-w3a16+e2e+cl", (*_ONCE, *_HELD, _AWQ)),
     },
     "w2a16": {
         **_WEIGHTS,
@@ -109,6 +115,7 @@ OURS: dict[str, _Methods] = {
             ("end_to_end.epochs=2", "end_to_end.step=3e-4", "norms=true"),
         ),
         "cbq-e2e-hold-cl": ("cbq-w2a16+e2e+cl", _HELD),
+        "cbq-e2e-hold-awq": ("cbq-w2a16+e2e", (*_HELD, _AWQ)),
     },
     "w4a8": {
         "rtn": ("rtn-w4a8-g64", ()),
@@ -116,6 +123,15 @@ OURS: dict[str, _Methods] = {
         "cbq": ("cbq-w4a8", ()),
         "cbq-no-crossquant": ("cbq-w4a8", ("activations={bits: 8}", "transforms=[]")),
         "cbq-e2e-hold": ("cbq-w4a8+e2e", _HELD),
+        # Scales of either sign, which kernels for other runtimes do not take at these widths.
+        "cbq-no-crossquant-signed": (
+            "cbq-w4a8",
+            ("activations={bits: 8}", "transforms=[]", "weights.signed=true"),
+        ),
+        "best-plain": ("best-w4a8-plain", ()),
+        "best-plain-signed": ("best-w4a8-plain", ("weights.signed=true",)),
+        "best": ("best-w4a8", ()),
+        "best-e2e-gently": ("best-w4a8+e2e", _GENTLY),
     },
     "w4a4-g64": {
         "rtn": ("rtn-w4a8-g64", _A4),

@@ -16,7 +16,21 @@ from benchmarks.rows import Table, run, split
 BLOCKS, LAYERS = 8, 30
 _REST = ", ".join(f"layers.{index}" for index in range(BLOCKS, LAYERS))
 _PLAIN = 'transforms=[] activations={"bits":8}'
+_TURNED = 'activations={"bits":8} transforms=[{"kind":"duquant"}]'
+_ROTATED = 'activations={"bits":8} transforms=[{"kind":"rotate"}]'
+PARTS = "omniquant-w2a16"
 ROWS = (
+    # The parts of CQE+ on 2-bit weights, where they have the most to do; then the weights
+    # themselves, trained with the same budget.
+    *(f"{PARTS}{addon}" for addon in ("", "+sde", "+cl", "+sde+cl", "+lsi")),
+    *(f'{PARTS} solver.expansion={{"kind":"band","width":{k}}}' for k in (2, 4, 8, 16, 32)),
+    f"{PARTS}+cl111",
+    f"{PARTS}+cl001",
+    f"{PARTS}+cl objective.ahead_share=1",
+    f"{PARTS}+aug",
+    *(f"{PARTS}+weights training.rounding={rate}" for rate in ("3e-2", "1e-2")),
+    f"{PARTS}+weights+cl training.rounding=3e-2",
+    *(f"cbq-w2a16{addon} training.epochs=2" for addon in ("", "+sde", "+weights")),
     "duquant-w4a4",
     "duquant-w4a4+sde+cl",
     "prefixquant-w4a4",
@@ -30,6 +44,14 @@ ROWS = (
     f"cbq-w4a8 training.epochs=2 {_PLAIN}",
     "crossquant-w4a8-g64",
     f"crossquant-w4a8-g64 {_PLAIN}",
+    # What lowers outliers at 4 bits, at 8.
+    "best-w4a4-plain training.epochs=2 activations.bits=8",
+    f"best-w4a4-plain training.epochs=2 {_ROTATED}",
+    "best-w4a4 training.epochs=2 activations.bits=8",
+    f"best-w4a8 training.epochs=2 {_TURNED}",
+    # Rotations and scales of 2-bit weights.
+    "cbq-w2a16+rotate training.epochs=2",
+    'cbq-w2a16 training.epochs=2 transforms=[{"kind":"awq_scale"}]',
 )
 TABLE = Table(
     "probe",

@@ -225,9 +225,13 @@ RULES: tuple[Rule, ...] = (
         "one duquant, last in the list of transforms",
     ),
     Rule(
-        lambda r: r.duquant is not None and all(_not_per_token(a) for a in r.all_activations),
-        "duquant rotates inputs that are quantized per token, and this recipe has none",
-        "activations.kind per_token, per_token_clip or cross_folded with duquant",
+        lambda r: (
+            r.duquant is not None
+            and bool(r.all_activations)
+            and all(_not_per_token(a) for a in r.all_activations)
+        ),
+        "duquant rotates inputs that are quantized per token, and none of this recipe's is",
+        "activations.kind per_token, per_token_clip or cross_folded with duquant, or none",
     ),
     Rule(
         lambda r: r.let is not None and not r.trains,

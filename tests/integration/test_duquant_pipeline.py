@@ -276,12 +276,30 @@ def test_a_width_that_no_block_divides_is_left_out(odd: Path, text: Path, tmp_pa
 def test_with_nothing_to_rotate_it_is_refused(odd: Path, text: Path, tmp_path: Path) -> None:
     floats = [{"match": m, "activations": "none"} for m in ("*.self_attn.*", "*_proj")]
     floats.append({"match": "down_proj", "activations": DUQUANT["activations"]})
-    for overrides, words in ((floats, NO_BLOCK), (floats[:2], "any input: none is quantized")):
-        chosen = custom(**ODD, overrides=overrides)
-        with pytest.raises(InputError, match=rf"{re.escape(words)}; leave it out") as failure:
-            run(odd, text, tmp_path / "out", chosen, settings=())
-        assert "\n" not in str(failure.value)
-        assert not list(tmp_path.iterdir())
+    chosen = custom(**ODD, overrides=floats)
+    with pytest.raises(InputError, match=rf"{re.escape(NO_BLOCK)}; leave it out") as failure:
+        run(odd, text, tmp_path / "out", chosen, settings=())
+    assert "\n" not in str(failure.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text", "mixtral"])
+def test_inputs_of_weights_alone_are_rotated(
+    family: str, models: dict[str, Path], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """What is read back is what was evaluated."""
+    weights = {**DUQUANT, "activations": None, "transforms": TURN[1:]}
+    chosen = custom(**weights, solver={"kind": "gptq"})
+    source = llama if family == "llama" else models[family]
+    result = run(source, text, tmp_path / "out", chosen)
+    assert result["kind"] == "online"
+    assert verify(tmp_path / "out").passed
+    online = json.loads((tmp_path / "out" / "config.json").read_text())["crossbit_online"]
+    count = {"llama": 7, "gemma3_text": 7, "opt": 6, "mixtral": 4 + 4 * 3}[family]  # experts too
+    assert len(online["rotations"]) == count * BLOCKS
+    assert perplexity(tmp_path / "out") == pytest.approx(
+        result["evaluation"]["quantized"]["perplexity"]
+    )
 
 
 @pytest.mark.parametrize("config", [{"kind": "smooth", "targets": "all"}, {"kind": "awq_scale"}])

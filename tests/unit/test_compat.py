@@ -327,9 +327,12 @@ CASES += [
     ),
     (
         16,
-        {"transforms": [{"kind": "duquant"}]},
-        ("per_token",),
-        [{"activations": A8, "transforms": [{"kind": "duquant"}]}],
+        {
+            "activations": {"kind": "per_tensor_static"},
+            "transforms": [{"kind": "duquant"}],
+        },
+        ("per_token", "or none"),
+        [{"transforms": [{"kind": "duquant"}], **more} for more in ({}, {"activations": A8})],
     ),
     (
         17,

@@ -178,6 +178,21 @@ def test_the_product_stays(width: int, wanted: int, size: int) -> None:
     torch.testing.assert_close(sample, rotations["a"].apply(inputs["ab"]))
 
 
+@pytest.mark.parametrize(
+    ("floats", "planned", "wanted"),
+    [("abc", "abc", "abc"), ("c", "abc", "ab"), ("abc", "c", "c"), ("", "ab", "ab")],
+)
+def test_float_inputs_are_rotated_where_all_are(floats: str, planned: str, wanted: str) -> None:
+    """A block of which no input is quantized has weights to rotate for."""
+    plan = plan_of(32, planned=planned)
+    for name in set(floats) & set(planned):
+        layer = replace(plan.layers[name], activations=None, activation_config=None)
+        plan.layers[name] = layer
+    inputs = {"ab": draw(50, 32), "c": draw(50, 12)}
+    _, rotations = turn_inputs(Two(32), plan, states_of(plan, inputs), CONFIG)
+    assert rotations.keys() == set(wanted)
+
+
 def test_what_cannot_be_rotated_is_said() -> None:
     inputs = {"ab": draw(50, 32), "c": torch.zeros(0, 12)}
     plan, block = plan_of(32, planned="ac"), Two(32)
@@ -203,9 +218,8 @@ def test_a_width_without_a_block_size_is_left_as_it_is() -> None:
     assert changed == {"c.weight"}
 
 
-@pytest.mark.parametrize("changed", [{"activations": None}, {"planned": ""}])
-def test_inputs_that_are_not_rounded_are_left_alone(changed: dict[str, Any]) -> None:
-    plan = plan_of(32, **changed)
+def test_inputs_of_float_layers_are_left_alone() -> None:
+    plan = plan_of(32, planned="")
     inputs = {"ab": draw(50, 32), "c": draw(50, 12)}
     assert turn_inputs(Two(32), plan, states_of(plan, inputs), CONFIG) == ([], {})
 

@@ -25,7 +25,7 @@ SAMPLE_ROWS = 4096
 def turn_inputs(
     block: nn.Module, plan: BlockPlan, states: Sequence[GroupState], config: DuQuant
 ) -> tuple[list[dict[str, Any]], dict[str, DuRotation]]:
-    """Rotate every quantized input of a block.
+    """Rotate the inputs of a block (see ``wanted``).
 
     Args:
         block: float32 linear weights, all folds applied; the weights are rotated in place.
@@ -71,12 +71,18 @@ def turn_inputs(
 
 
 def wanted(plan: BlockPlan, group: InputGroup) -> bool:
-    """Whether a rotation of the group's input is asked for: where it is quantized."""
-    return plan.group_activations(group) is not None
+    """Whether a rotation of the group's input is asked for.
+
+    Where it is quantized; in a block that quantizes no input, where a weight that reads it is: a
+    rotation spreads the outliers of weights as well.
+    """
+    if any(plan.group_activations(g) is not None for g in plan.structure.groups):
+        return plan.group_activations(group) is not None
+    return any(name in plan.layers for name in group.consumers)
 
 
 def left_out(plan: BlockPlan, group: InputGroup, config: DuQuant) -> str:
-    """Why a quantized input is not rotated; empty if it is."""
+    """Why an input that is to be rotated is not; empty if it is."""
     for name in group.consumers:
         if name not in plan.layers:
             role = plan.structure.linears[name].role
