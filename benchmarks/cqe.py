@@ -28,6 +28,16 @@ ORIGINAL = (
 )
 
 
+# The same for the first blocks alone, the others in floating point: two hours in place of fourteen.
+FIRST, LAYERS = 4, 30
+_LATER = f"ignore=[{', '.join(f'layers.{index}' for index in range(FIRST, LAYERS))}]"
+FEW: Rows = {
+    f"{PARTS}{addon}{how}, first {FIRST} blocks": (f"{PARTS}{addon}", (*changes, _LATER))
+    for how, changes in (("", ()), (", original settings", ORIGINAL))
+    for addon in ADDONS
+}
+
+
 def _wide(kind: str, width: int) -> tuple[str, ...]:
     return (f"solver.expansion={{kind: {kind}, width: {width}}}",)
 
@@ -52,6 +62,8 @@ SCALES: Rows = {
 PAIRS = (
     *((base, f"{base}{ADDONS[1]}{ahead}") for base in BASES for ahead in ("", ", half ahead")),
     tuple(SCALES),
+    tuple(FEW)[: len(ADDONS)],
+    tuple(FEW)[len(ADDONS) :],
 )
 # What the add-ons are worth comes first, then the parts, on 2-bit weights, where they have the most
 # to do, then the weights themselves, trained with the same budget.
@@ -82,6 +94,7 @@ ROWS: Rows = {
     },
     # As published: 20 epochs over eight times the tokens, at the presets' rates.
     **{row: (f"{PARTS}{addon}", ORIGINAL) for row, addon in zip(LONG, ADDONS, strict=True)},
+    **FEW,
     **HALF,
 }
 # Held-out losses of blocks 0 and 1, as ``crossbit quantize demo --recipe NAME --samples 64 --length
@@ -106,6 +119,6 @@ BUDGET = (
 
 if __name__ == "__main__":
     run(
-        Table("cqe", ROWS, samples=64, length=512, settings=BUDGET, long=(*LONG, *HALF)),
+        Table("cqe", ROWS, samples=64, length=512, settings=BUDGET, long=(*LONG, *FEW, *HALF)),
         __doc__,
     )

@@ -35,7 +35,7 @@ def steps(text: str, work: str, peer: str | None) -> list[list[str]]:
     found.append(["plan_accuracy", *at, "--only", "1b-from-rtn", "--blocks", "4", *trained])
     found += [["products"], ["train_step"], ["cqe_cost"], ["ablation", *common], ["cqe", *common]]
     found += [["probe", *at], ["second", *common, "--seeds", "0"]]
-    for table, rows in (("ablation", ablation.LONG), ("cqe", cqe.LONG)):
+    for table, rows in (("ablation", ablation.LONG), ("cqe", (*cqe.FEW, *cqe.LONG))):
         found.append([table, *common, "--seeds", "0", "--only", ";".join(rows)])
     found.append(["low_bits", *common, *theirs, "--samples", "64", "--length", "512"])
     found.append(["low_bits", *common, *theirs, "--only", "w4a16"])
