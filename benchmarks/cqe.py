@@ -20,6 +20,7 @@ PARTS = "omniquant-w2a16"
 ADDONS = ("", "+sde+cl")
 # Of the weights themselves; the first is the best of the first two blocks, see ``BUDGET``.
 RATES = ("3e-2", "1e-2", "1e-1")
+LAYERS = 30
 LONG = tuple(f"{PARTS}{addon}, original settings" for addon in ADDONS)
 ORIGINAL = (
     *("calibration.samples=128", "calibration.length=2048"),
@@ -28,12 +29,16 @@ ORIGINAL = (
 )
 
 
+def first(blocks: int) -> str:
+    """The setting that leaves all blocks but the first ones as they are."""
+    return f"ignore=[{', '.join(f'layers.{index}' for index in range(blocks, LAYERS))}]"
+
+
 # The same for the first blocks alone, the others in floating point: two hours in place of fourteen.
-FIRST, LAYERS = 4, 30
-_LATER = f"ignore=[{', '.join(f'layers.{index}' for index in range(FIRST, LAYERS))}]"
+FIRST = 4
 FEW: Rows = {
-    f"{PARTS}{addon}{how}, first {FIRST} blocks": (f"{PARTS}{addon}", (*changes, _LATER))
-    for how, changes in (("", ()), (", original settings", ORIGINAL))
+    f"{PARTS}{addon}{how}, first {FIRST} blocks": (f"{PARTS}{addon}", (*changes, first(FIRST)))
+    for how, changes in (("", ()), (", original settings (128 x 2048, 20 epochs)", ORIGINAL))
     for addon in ADDONS
 }
 

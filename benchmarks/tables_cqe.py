@@ -6,8 +6,8 @@ import itertools
 import math
 from typing import Any
 
-from benchmarks.cqe import PAIRS
-from benchmarks.probe import BLOCKS, LAYERS
+from benchmarks.cqe import LAYERS, PAIRS
+from benchmarks.probe import BLOCKS
 from benchmarks.probe import TABLE as PROBE
 from benchmarks.rows import result_name
 from crossbit.evaluation.statistics import Estimate, paired_loss
@@ -65,12 +65,12 @@ def plug_in(results: Results) -> list[str]:
     return [
         "### Loss with both add-ons against each base alone",
         "",
-        "SmolLM2-135M-Instruct, 64 x 512 tokens, 4 epochs: rows of `benchmarks.cqe` in pairs; the",
-        "error is the jackknife's over windows. Rows of kind online run in crossbit's own loader.",
+        "SmolLM2-135M-Instruct, 64 x 512 tokens and 4 epochs unless a row says otherwise: rows of",
+        "`benchmarks.cqe` in pairs, exported integers, WikiText-2 raw test, 40 windows of 2048.",
+        "The error is the jackknife's over windows. Rows of kind online run in crossbit's loader.",
         "`half ahead` sends half of the sequences through the blocks after the window, the add-on",
         "four of five. `scales alone` trains the steps of PrefixQuant and no weight's rounding,",
-        "which the preset trains as well. `original settings` are 128 x 2048 tokens, 20 epochs and",
-        "the presets' rates; `first 4 blocks` leaves the others in floating point.",
+        "which the preset trains as well.",
         "",
         f"| row | kind | seed | base's loss | loss | less by | +- | {WANTED:.0%} reached |",
         "|---|---|---|---|---|---|---|---|",
@@ -90,7 +90,9 @@ def probes(results: Results) -> list[str]:
         paired = paired_loss(probe["losses"], found["losses"])
         base = probe["row"].split()[0].split("+")[0]
         text = f"| {probe['row']} | {probe['seed']} | {100 * paired.value:+.2f} %"
-        text += f" | {100 * paired.stderr:.2f} | {probe['cpu_seconds']:.0f} |"
+        # What was resumed took more before.
+        cpu = "" if probe.get("resumed", False) else f"{probe['cpu_seconds']:.0f}"
+        text += f" | {100 * paired.stderr:.2f} | {cpu} |"
         rows.append((base, probe["seed"], paired.value, text))
     return [
         "### Tried in the first blocks",
@@ -103,7 +105,7 @@ def probes(results: Results) -> list[str]:
         "on which",
         "settings may be chosen;",
         "stored integers (`python -m benchmarks.probe`). CPU seconds are those of quantization and",
-        "verification on one thread.",
+        "verification on one thread, of whole runs.",
         "",
         "| recipe and settings | seed | loss | +- | CPU s |",
         "|---|---|---|---|---|",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from typing import Any
 
@@ -49,8 +48,12 @@ def headline(results: dict[str, dict[str, Any]]) -> list[str]:
         nearest = [r for r in here if r["method"] == "ours-rtn"]
         # One budget; round to nearest takes no calibration.
         here = [r for r in here if (r["samples"], r["length"]) == (64, 512)]
-        # Scales of either sign, where a row says so, are for comparison: no kernel takes them.
-        ours = [r for r in here if re.fullmatch("ours-.*(?<!-signed)", r["method"])]
+        # Scales of either sign, where a row says so, are for comparison.
+        ours = [
+            r
+            for r in here
+            if r["method"].startswith("ours-") and not r["method"].endswith("-signed")
+        ]
         ours += [r for r in of_cqe if r["setting"] == setting]
         peers = [r for r in here if not r["method"].startswith("ours-")]
         for kind in ("plain", "online"):

@@ -33,13 +33,11 @@ def left_out_notes(blocks: Sequence[BlockPlan], recipe: Recipe) -> list[str]:
         def unturned(plan: BlockPlan, group: InputGroup) -> str:
             return turn.left_out(plan, group, duquant) if turn.wanted(plan, group) else ""
 
-        found = _inputs(blocks, unturned)
-        what = _listed(found, len(blocks)) if found else "any input: no layer is quantized"
-        note = f"duquant: no rotation of {what}"
-        groups = ((plan, group) for plan in blocks for group in plan.structure.groups)
-        if not any(turn.turned(plan, group, duquant) for plan, group in groups):
-            raise InputError(f"{note}; leave it out of the recipe")
-        if found:
+        if found := _inputs(blocks, unturned):
+            note = f"duquant: no rotation of {_listed(found, len(blocks))}"
+            groups = ((plan, group) for plan in blocks for group in plan.structure.groups)
+            if not any(turn.turned(plan, group, duquant) for plan, group in groups):
+                raise InputError(f"{note}; leave it out of the recipe")
             notes.append(note)
     return notes
 

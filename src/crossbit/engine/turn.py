@@ -76,7 +76,7 @@ def wanted(plan: BlockPlan, group: InputGroup) -> bool:
     Where it is quantized; in a block that quantizes no input, where a weight that reads it is: a
     rotation spreads the outliers of weights as well.
     """
-    if any(plan.group_activations(g) is not None for g in plan.structure.groups):
+    if any(layer.activations is not None for layer in plan.layers.values()):
         return plan.group_activations(group) is not None
     return any(name in plan.layers for name in group.consumers)
 
