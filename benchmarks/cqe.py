@@ -34,8 +34,8 @@ def first(blocks: int) -> str:
     return f"ignore=[{', '.join(f'layers.{index}' for index in range(blocks, LAYERS))}]"
 
 
-# The same for the first blocks alone, the others in floating point: two hours in place of fourteen.
-FIRST = 4
+# The same for the first blocks alone, the others in floating point: an hour in place of fourteen.
+FIRST = 2
 FEW: Rows = {
     f"{PARTS}{addon}{how}, first {FIRST} blocks": (f"{PARTS}{addon}", (*changes, first(FIRST)))
     for how, changes in (("", ()), (", original settings (128 x 2048, 20 epochs)", ORIGINAL))

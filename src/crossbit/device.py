@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from crossbit.errors import InputError
+from crossbit.products import slow_dtypes
 
 
 def check_device(device: str) -> None:
@@ -29,4 +30,6 @@ def computing_on(device: str) -> str:
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return f"cpu ({capability}), {threads} thread{'s' * (threads > 1)}"
+    slow = ", ".join(str(dtype).removeprefix("torch.") for dtype in slow_dtypes())
+    without = f" without {slow}" if slow else ""
+    return f"cpu ({capability}{without}), {threads} thread{'s' * (threads > 1)}"

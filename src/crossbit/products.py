@@ -11,7 +11,7 @@ bfloat16, ``fast_products`` makes float32 products several times as fast.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -34,11 +34,19 @@ def slow_dtypes() -> tuple[torch.dtype, ...]:
 
     None where it has those for bfloat16: looking at every call of torch would cost a few percent.
     A property of the processor and not a measurement: the same bytes come out on a rerun.
+    oneDNN calls every AVX-512 a support of bfloat16, and emulates it before Cooper Lake and Zen 4.
     """
     known = torch.ops.mkldnn
-    if known._is_mkldnn_bf16_supported():
+    if known._is_mkldnn_bf16_supported() and not _emulates_bf16(torch.cpu.get_capabilities()):
         return ()
     return (torch.bfloat16,) if known._is_mkldnn_fp16_supported() else _HALVES
+
+
+def _emulates_bf16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether this is an x86 processor without instructions for products of bfloat16."""
+    return capabilities.get("architecture") == "x86_64" and not any(
+        capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert")
+    )
 
 
 @cache

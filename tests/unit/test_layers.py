@@ -23,11 +23,10 @@ MAX_LINES = 500
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "cache"),
     (
-        *("grid", "packing", "windows", "objective", "positions", "device", "safetensors_format"),
-        "products",
-        *("recipe_training", "recipe_files", "rotations"),
+        *("grid", "packing", "windows", "objective", "positions", "safetensors_format"),
+        *("products", "recipe_training", "recipe_files", "rotations"),
     ),
-    ("activations", "recipe_transforms"),
+    ("activations", "recipe_transforms", "device"),
     ("recipe", "models", "corpora", "solvers", "report", "engine.progress"),
     (
         *("transforms", "compat", "engine.plan", "runtime.linear", "runtime.install"),

@@ -184,3 +184,22 @@ def test_machines_without_exact_products_use_plain_float32(
 def test_the_processor_is_asked_once() -> None:
     assert set(slow_dtypes()) <= set(HALVES)
     assert slow_dtypes() is slow_dtypes()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "emulated"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_vnni": True}, True),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True, "avx512_bf16": False}, False),
+        ({"architecture": "x86_64", "avx2": True, "avx_ne_convert": True}, False),
+        ({"architecture": "aarch64", "bf16": True}, False),
+        ({}, False),
+    ],
+)
+def test_avx512_alone_is_no_instruction_for_bfloat16(
+    capabilities: dict[str, Any], emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert (torch.bfloat16 in slow_dtypes.__wrapped__()) is emulated

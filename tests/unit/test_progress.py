@@ -113,6 +113,20 @@ def test_a_window_that_is_rolled_back_has_no_pace_yet(clock: Clock) -> None:
     assert stage.left == "?"
 
 
+def test_a_first_step_is_no_pace(clock: Clock) -> None:
+    stage = Stage("windows", [1.0] * 30)
+    clock.now += 72  # an evaluation before the first of 2240 steps
+    stage.at(1 / 2240)
+    assert stage.left == "?"
+    clock.now += 28
+    stage.at(0.01)
+    assert stage.left == "3 days, 11:18:20"
+
+
+def test_a_stage_of_nothing_has_no_pace() -> None:
+    assert Stage("windows", []).left == Stage("windows", [0.0]).left == "?"
+
+
 # -- on a terminal --------------------------------------------------------------------------------
 
 

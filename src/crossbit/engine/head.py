@@ -12,6 +12,12 @@ from crossbit.recipe import Gptq, first_solver
 from crossbit.solvers.hessian import HessianAccumulator
 
 
+def wants_head_hessian(job: Job) -> bool:
+    """Whether GPTQ is to solve the head, on calibration text."""
+    gptq = isinstance(first_solver(job.recipe.solver), Gptq)
+    return job.ids is not None and job.plan.head is not None and gptq
+
+
 @torch.no_grad()
 def head_hessian(job: Job, work: WorkDir) -> Tensor | None:
     """Mean of x x^T [D, D] float32 over the calibration tokens; None if GPTQ is not to solve it.
@@ -19,11 +25,7 @@ def head_hessian(job: Job, work: WorkDir) -> Tensor | None:
     Raises:
         WorkError: the activations that leave the last block are missing or damaged.
     """
-    if (
-        job.ids is None
-        or job.plan.head is None
-        or not isinstance(first_solver(job.recipe.solver), Gptq)
-    ):
+    if not wants_head_hessian(job):
         return None
     leaving = work.stream(job.shell.num_blocks)
     if leaving is None:

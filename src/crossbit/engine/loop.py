@@ -9,12 +9,15 @@ block after the quantized blocks before it, those that enter the first unopened 
 original model, and the open blocks. Whatever is older goes once that is written, so a run that is
 killed at any moment goes on from the window in work, and inside it from the training state that was
 saved last.
+
+Blocks after the last one that is quantized are written as they are: nothing needs what they make.
 """
 
 from __future__ import annotations
 
 from crossbit.compat import windows_of
 from crossbit.engine.closing import close_block
+from crossbit.engine.head import wants_head_hessian
 from crossbit.engine.job import Job
 from crossbit.engine.live import pack, unpack
 from crossbit.engine.opening import open_block
@@ -32,7 +35,14 @@ from crossbit.engine.window import (
     through_trained,
     train_window,
 )
-from crossbit.engine.workdir import TARGET, WorkDir, stream_name, teacher_name, window_name
+from crossbit.engine.workdir import (
+    TARGET,
+    WorkDir,
+    part_name,
+    stream_name,
+    teacher_name,
+    window_name,
+)
 from crossbit.errors import WorkError
 from crossbit.runtime.attention import calibrating
 from crossbit.solvers.rounding import reenter
@@ -58,8 +68,19 @@ def _run_blocks(job: Job, work: WorkDir, reporter: Reporter) -> None:
     release_memory()
     if first:
         reporter.say(f"resuming at block {first} of {total}")
+    rest = _untouched(job)
     for index in reporter.track(range(first, total), "quantizing blocks", total - first):
-        entering = _one_block(job, work, index, entering)
+        # The activations that enter the first of the rest stay, for a run that is resumed there.
+        entering = _one_block(job, work, index, entering if index < rest else None)
+
+
+def _untouched(job: Job) -> int:
+    """The first of the blocks at the end that nothing is done to, nor with what leaves them."""
+    total = job.shell.num_blocks
+    if job.recipe.end_to_end is not None or job.recipe.norms or wants_head_hessian(job):
+        return total
+    quantized = [index for index, plan in enumerate(job.plan.blocks) if plan.layers]
+    return max(quantized) + 1
 
 
 def _entering(job: Job, work: WorkDir, block: int) -> Stream:
@@ -93,7 +114,9 @@ def _one_block(job: Job, work: WorkDir, index: int, entering: Stream | None) -> 
 def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
     windows = windows_of(job.recipe, job.shell.num_blocks)
     first, streams, live = _resume(job, work, windows)
-    if job.recipe.objective.metric == "fisher" and first < len(windows):
+    rest = _untouched(job)
+    left = [window for window in windows[first:] if window.start < rest]
+    if job.recipe.objective.metric == "fisher" and left:
         measure_sensitivity(job, work, reporter, windows[first].start)
     if streams is None:
         # The teacher is the original model, its embedding included.
@@ -103,10 +126,12 @@ def _run_windows(job: Job, work: WorkDir, reporter: Reporter) -> None:
     release_memory()
     if first:
         reporter.say(f"resuming at window {first} of {len(windows)}")
-    left = windows[first:]
     sizes = [len(window.blocks) for window in left]
     for window in reporter.track(left, "training windows", len(left), sizes):
         _one_window(job, work, window, streams, live, reporter)
+    for index in range(rest, job.shell.num_blocks):
+        if not work.has(part_name(index)):
+            _one_block(job, work, index, None)
     if job.recipe.end_to_end is not None and not work.has("outside"):
         entering = work.stream(0)
         assert entering is not None

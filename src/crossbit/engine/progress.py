@@ -87,9 +87,13 @@ class Stage:
 
     @property
     def left(self) -> str:
-        """The time left at the pace of this run, as h:mm:ss; "?" while none is known."""
+        """The time left at the pace of this run, as h:mm:ss; "?" while none is known.
+
+        A first step that has a hundredth of an item behind it says nothing yet: what comes once,
+        before all steps, would be taken for its pace.
+        """
         own = self.reached - self._before
-        if own <= 0:
+        if own <= 0 or own < 0.01 * self.total / len(self._weights):
             return "?"
         elapsed = time.monotonic() - self._began
         return _clock(elapsed / own * (self.total - self.reached))
