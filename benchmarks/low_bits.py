@@ -115,6 +115,7 @@ OURS: dict[str, _Methods] = {
             ("end_to_end.epochs=2", "end_to_end.step=3e-4", "norms=true"),
         ),
         "cbq-e2e-hold-cl": ("cbq-w2a16+e2e+cl", _HELD),
+        "cbq-e2e-hold-sde": ("cbq-w2a16+e2e+sde", _HELD),
         "cbq-e2e-hold-awq": ("cbq-w2a16+e2e", (*_HELD, _AWQ)),
     },
     "w4a8": {
@@ -131,6 +132,7 @@ OURS: dict[str, _Methods] = {
         "best-plain": ("best-w4a8-plain", ()),
         "best-plain-signed": ("best-w4a8-plain", ("weights.signed=true",)),
         "best": ("best-w4a8", ()),
+        "best-no-fold": ("best-w4a8", ("transforms=[{kind: duquant}]",)),
         "best-e2e-gently": ("best-w4a8+e2e", _GENTLY),
     },
     "w4a4-g64": {
@@ -142,6 +144,7 @@ OURS: dict[str, _Methods] = {
         "best-plain": ("best-w4a4-plain", ()),
         "best-plain-e2e-hold": ("best-w4a4-plain+e2e", _HELD),
         "best": ("best-w4a4", ()),
+        "union": ("best-w4a4+union", ()),
         "best-e2e-hold": ("best-w4a4+e2e", _HELD),
     },
     "w4a4": {

@@ -29,6 +29,9 @@ ROWS = (
     *(f"{PARTS}+weights training.rounding={rate}" for rate in ("3e-2", "1e-2")),
     f"{PARTS}+weights+cl training.rounding=3e-2",
     *(f"cbq-w2a16{addon} training.epochs=2" for addon in ("", "+sde", "+weights")),
+    # All that trains at once, and windows of blocks alone.
+    "best-w4a4 training.epochs=2",
+    "best-w4a4+union training.epochs=2",
     "duquant-w4a4",
     "duquant-w4a4+sde+cl",
     "prefixquant-w4a4",

@@ -5,7 +5,7 @@
 A layer of SmolLM2 and the head over 512 tokens in bf16, and a training step of one of its blocks
 with 2 x 512 tokens: ranges of the weights' groups (LWC). With and without ``widened_products``
 alternate; the figure is the median of the ratios of neighbouring runs. On a processor with bf16
-instructions both are the same way, and the ratios are 1 within noise.
+instructions both are the same way, and the ratios are 1 within noise. A result a kind of processor.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    found = once("products", "python -m benchmarks.products", lambda: measure(args.rounds))
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    name = f"products-{instructions}{'' if slow_dtypes() else '-bf16'}"
+    found = once(name, "python -m benchmarks.products", lambda: measure(args.rounds))
     print(f"{found['processor']}; slow: {', '.join(found['slow']) or 'nothing'}")
     for name in (*LAYERS, "training step"):
         row = found[name]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import crossbit
+from benchmarks.peer_folders import bits_per_weight
 from benchmarks.quantizing import quantized
 from benchmarks.store import once, once_among
 from crossbit.evaluation.statistics import paired_loss, perplexity
@@ -87,6 +88,7 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
     settings = (*budget, *table.settings, *changes)
     took, made = quantized(table.model, preset, settings, out, seed=seed, resume=True)
     found = crossbit.evaluate(str(out), text=args.text, windows=table.windows)["perplexity"]
+    bits = bits_per_weight(out)
     shutil.rmtree(out)
     return {
         "row": row,
@@ -97,6 +99,7 @@ def measure(args: argparse.Namespace, table: Table, row: str, seed: int) -> dict
         "settings": [*table.settings, *changes],
         "samples": made["recipe"]["calibration"]["samples"],
         "length": made["recipe"]["calibration"]["length"],
+        "bits_per_weight": bits,
         "resumed": took["resumed"],
         "losses": found["losses"],
         "perplexity": found["value"],

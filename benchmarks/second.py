@@ -18,12 +18,14 @@ ROWS: Rows = {
     "W4A16 rtn": ("rtn-w4a16-g64", ()),
     "W4A16 gptq": ("gptq-w4a16-g64", ()),
     "W4A16 cbq": ("cbq-w4a16", ()),
+    "W4A16 best": ("best-w4a16", ()),
     "W4A4 rtn": ("rtn-w4a8-g64", _A4),
     "W4A4 gptq": ("gptq-w4a16-g64", ("activations={bits: 4}",)),
     "W4A4 crossquant": ("crossquant-w4a8-g64", _A4),
     "W4A4 cbq": ("cbq-w4a4", ()),
     "W4A4 best-plain": ("best-w4a4-plain", ()),
     "W4A4 best": ("best-w4a4", ()),
+    "W4A4 best-e2e": ("best-w4a4-e2e", ()),
 }
 
 if __name__ == "__main__":

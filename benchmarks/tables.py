@@ -383,7 +383,8 @@ def main() -> None:
         before, rest = page.split(BEGIN)
         after = rest.split(END)[1]
         heading, *table = quality(results, "demo", smol)
-        short = [*headline(results), *plug_in(results), heading, "", *common, *table[1:]]
+        of_others = [*plug_in(results), *second(results)]
+        short = [*headline(results), *of_others, heading, "", *common, *table[1:]]
         body = "\n".join(short).rstrip()
         readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", "utf8")
 

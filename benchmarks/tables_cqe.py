@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.cqe import LAYERS, PAIRS
+from benchmarks.cqe import BUDGET, LAYERS, PAIRS
 from benchmarks.probe import BLOCKS
 from benchmarks.probe import TABLE as PROBE
 from benchmarks.rows import result_name
@@ -40,6 +41,10 @@ def reduction(base: list[float], other: list[float], original: list[float]) -> E
     return Estimate(share(None), math.sqrt(spread * (count - 1) / count))
 
 
+def _set(settings: Sequence[str]) -> str:
+    return " ".join(f"--set {setting}" for setting in settings)
+
+
 def plug_in(results: Results) -> list[str]:
     """What both add-ons take from the loss of each base, seed by seed."""
     original = results.get("demo-original-40")
@@ -70,7 +75,14 @@ def plug_in(results: Results) -> list[str]:
         "The error is the jackknife's over windows. Rows of kind online run in crossbit's loader.",
         "`half ahead` sends half of the sequences through the blocks after the window, the add-on",
         "four of five. `scales alone` trains the steps of PrefixQuant and no weight's rounding,",
-        "which the preset trains as well.",
+        "which the preset trains as well. What a row is made with, beside its recipe, has rates",
+        "for so few steps. The presets' own are for 20 epochs of more text, and have rows for the",
+        "first blocks alone (`original settings`).",
+        "",
+        "```text",
+        f"--samples 64 --length 512 {_set(BUDGET[:3])} \\",
+        f"{_set(BUDGET[3:])} {_set(('embedding=null', 'head=null'))}",
+        "```",
         "",
         f"| row | kind | seed | base's loss | loss | less by | +- | {WANTED:.0%} reached |",
         "|---|---|---|---|---|---|---|---|",
@@ -89,7 +101,7 @@ def probes(results: Results) -> list[str]:
     for probe in made:
         paired = paired_loss(probe["losses"], found["losses"])
         base = probe["row"].split()[0].split("+")[0]
-        text = f"| {probe['row']} | {probe['seed']} | {100 * paired.value:+.2f} %"
+        text = f"| {probe['row']} | {probe['kind']} | {probe['seed']} | {100 * paired.value:+.2f} %"
         # What was resumed took more before.
         cpu = "" if probe.get("resumed", False) else f"{probe['cpu_seconds']:.0f}"
         text += f" | {100 * paired.stderr:.2f} | {cpu} |"
@@ -107,8 +119,8 @@ def probes(results: Results) -> list[str]:
         "stored integers (`python -m benchmarks.probe`). CPU seconds are those of quantization and",
         "verification on one thread, of whole runs.",
         "",
-        "| recipe and settings | seed | loss | +- | CPU s |",
-        "|---|---|---|---|---|",
+        "| recipe and settings | kind | seed | loss | +- | CPU s |",
+        "|---|---|---|---|---|---|",
         *(text for *_, text in sorted(rows)),
         "",
     ]

@@ -65,6 +65,7 @@ def test_probes_stand_by_their_bases() -> None:
     results: dict[str, dict[str, Any]] = {
         f"probe-{name}": {
             "row": f"{recipe} training.step=0",
+            "kind": "online" if name == "c" else "plain",
             "seed": 0,
             "losses": [loss, loss + 0.1],
             "cpu_seconds": 60.0,
@@ -75,6 +76,7 @@ def test_probes_stand_by_their_bases() -> None:
     results[TABLE.original] = {"losses": [1.0, 1.2]}
     rows = [line for line in probes(results) if "training.step" in line]
     assert [row.split()[1] for row in rows] == ["a-w4a4", "x-w4a4+cl", "x-w4a4"]
+    assert [row.split("|")[2].strip() for row in rows] == ["online", "plain", "plain"]
     assert probes({TABLE.original: results[TABLE.original]}) == []
 
 
