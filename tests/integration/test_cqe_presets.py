@@ -94,6 +94,14 @@ def test_each_add_on_makes_another_result(base: str, made: Made) -> None:
         assert any(record["best_at"] for record in made(name)[1]["training"])
 
 
+def test_every_part_makes_another_result(made: Made) -> None:
+    parts = ("", "+sde", "+lsi", "+weights", "+cl", "+cl111", "+cl001", "+aug")
+    found = [made(f"{BASES[0]}{part}") for part in parts]
+    assert len({weights_of(out) for out, _ in found}) == len(parts)
+    for _, result in found:
+        assert any(record["best_at"] for record in result["training"])
+
+
 def test_weights_that_are_trained_go_beyond_the_next_code(
     llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
