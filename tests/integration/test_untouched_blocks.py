@@ -10,12 +10,13 @@ from tests.tiny import BLOCKS
 from tests.training import A8, recipe, train, weights_of
 
 from crossbit.engine import loop
+from crossbit.engine.closing import close_block
 from crossbit.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("quick", "no_collection")
 
 REST = [f"model.layers.{index}" for index in range(1, BLOCKS)]
-FLOAT = {"embedding": None, "head": None, "ignore": REST}
+FLOAT: dict[str, Any] = {"embedding": None, "head": None, "ignore": REST}
 RECIPES = {
     "gptq": recipe({"kind": "gptq"}, training={}, **FLOAT),
     "a window a block": recipe(activations=A8, **FLOAT),
@@ -35,11 +36,10 @@ def chosen(name: str) -> Recipe:
 def entered(monkeypatch: pytest.MonkeyPatch) -> dict[int, bool]:
     """Whether activations entered a block that was closed, of each."""
     seen: dict[int, bool] = {}
-    close = loop.close_block
 
     def watched(job: Any, work: Any, index: int, opened: Any, entering: Any) -> Any:
         seen[index] = entering is not None
-        return close(job, work, index, opened, entering)
+        return close_block(job, work, index, opened, entering)
 
     monkeypatch.setattr(loop, "close_block", watched)
     return seen
@@ -72,12 +72,11 @@ def test_a_run_stopped_there_goes_on(
     name: str, block: int, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(llama, text, tmp_path / "whole", chosen(name))
-    close = loop.close_block
 
     def stop(job: Any, work: Any, index: int, opened: Any, entering: Any) -> Any:
         if index == block:
             raise KeyboardInterrupt
-        return close(job, work, index, opened, entering)
+        return close_block(job, work, index, opened, entering)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "close_block", stop)
