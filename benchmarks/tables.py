@@ -221,7 +221,8 @@ def cqe(results: dict[str, dict[str, Any]]) -> list[str]:
         "4 epochs unless a row says otherwise; WikiText-2 raw test, 40 windows of 2048, stored",
         "integers (`python -m benchmarks.cqe`). Rows of kind online run in crossbit's own loader.",
         "A row that is not listed was not run. CPU seconds are those of the whole command on one",
-        "thread, verification included, where they were taken.",
+        "thread (omniquant-w2a16 of seed 0: on two, of another machine), verification included,",
+        "where they were taken.",
     ]
     return parts(results, "cqe", CQE, heading)
 
