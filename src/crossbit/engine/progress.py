@@ -89,8 +89,8 @@ class Stage:
     def left(self) -> str:
         """The time left at the pace of this run, as h:mm:ss; "?" while none is known.
 
-        A first step that has a hundredth of an item behind it says nothing yet: what comes once,
-        before all steps, would be taken for its pace.
+        None is while less than a hundredth of an item is done: what comes once, before all steps,
+        would be taken for the pace of the first.
         """
         own = self.reached - self._before
         if own <= 0 or own < 0.01 * self.total / len(self._weights):
