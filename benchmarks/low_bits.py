@@ -69,6 +69,7 @@ _WEIGHTS: _Methods = {
     "awq-gptq": ("awq-gptq-w4a16-g64", ()),
 }
 _AWQ = "transforms=[{kind: awq_scale}]"
+_TURNED = "transforms=[{kind: duquant}]"
 _A4 = ("activations.bits=4",)
 # Twice as many steps as one epoch has, each larger: 2 bits excepted, whose preset has its own.
 _TUNED = ("end_to_end.epochs=2", "end_to_end.rounding=2e-3", "end_to_end.step=1e-3")
@@ -103,6 +104,7 @@ OURS: dict[str, _Methods] = {
         "cbq-no-overlap-e2e-hold": ("cbq-w3a16+e2e", (*_ONCE, *_HELD)),
         "cbq-no-overlap-e2e-hold-cl": ("cbq-w3a16+e2e+cl", (*_ONCE, *_HELD)),
         "cbq-no-overlap-e2e-hold-cl-awq": ("cbq-w3a16+e2e+cl", (*_ONCE, *_HELD, _AWQ)),
+        "best": ("cbq-w3a16+e2e", (*_ONCE, *_HELD, _TURNED)),
     },
     "w2a16": {
         **_WEIGHTS,
@@ -117,6 +119,7 @@ OURS: dict[str, _Methods] = {
         "cbq-e2e-hold-cl": ("cbq-w2a16+e2e+cl", _HELD),
         "cbq-e2e-hold-sde": ("cbq-w2a16+e2e+sde", _HELD),
         "cbq-e2e-hold-awq": ("cbq-w2a16+e2e", (*_HELD, _AWQ)),
+        "best": ("cbq-w2a16+e2e", (*_HELD, _TURNED)),
     },
     "w4a8": {
         "rtn": ("rtn-w4a8-g64", ()),

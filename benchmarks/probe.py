@@ -15,7 +15,8 @@ from benchmarks.rows import Table, run, split
 
 BLOCKS = 8
 _PLAIN = 'transforms=[] activations={"bits":8}'
-_TURNED = 'activations={"bits":8} transforms=[{"kind":"duquant"}]'
+_AWQ, _DUQUANT = '{"kind":"awq_scale"}', '{"kind":"duquant"}'
+_TURNED = f'activations={{"bits":8}} transforms=[{_DUQUANT}]'
 _ROTATED = 'activations={"bits":8} transforms=[{"kind":"rotate"}]'
 ROWS = (
     # The parts of CQE+ on 2-bit weights, where they have the most to do; then the weights
@@ -50,9 +51,12 @@ ROWS = (
     f"best-w4a4-plain training.epochs=2 {_ROTATED}",
     "best-w4a4 training.epochs=2 activations.bits=8",
     f"best-w4a8 training.epochs=2 {_TURNED}",
-    # Rotations and scales of 2-bit weights.
+    # Rotations and scales of 2-bit weights, and of 3.
     "cbq-w2a16+rotate training.epochs=2",
-    'cbq-w2a16 training.epochs=2 transforms=[{"kind":"awq_scale"}]',
+    f"cbq-w2a16 training.epochs=2 transforms=[{_AWQ}]",
+    f"cbq-w2a16 training.epochs=2 transforms=[{_DUQUANT}]",
+    f"cbq-w2a16 training.epochs=2 transforms=[{_AWQ},{_DUQUANT}]",
+    f"cbq-w3a16 training.epochs=2 transforms=[{_AWQ},{_DUQUANT}]",
 )
 TABLE = Table(
     "probe",

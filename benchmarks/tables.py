@@ -172,7 +172,9 @@ def parts(
         runs_whole = [r for r in runs if not r["resumed"]]
         peak = ", ".join(f"{r['peak_rss'] / 1e6:.0f}" for r in runs_whole)
         # Of the whole command; the seconds that pass are those of whatever else the machine does.
-        cpu = ", ".join(f"{r['cpu_seconds']:.0f}" for r in runs_whole if "cpu_seconds" in r)
+        cpu = ", ".join(
+            f"{r['cpu_seconds']:.0f}{_threads(r)}" for r in runs_whole if "cpu_seconds" in r
+        )
         kept = [sum(not w["after"] < w["before"] for w in r["windows"]) for r in runs]
         compared = ""
         if base:
@@ -183,6 +185,12 @@ def parts(
             f"{', '.join(map(str, kept))} | {cpu} | {peak} |"
         )
     return [*lines, ""]
+
+
+def _threads(row: dict[str, Any]) -> str:
+    """On how many threads a row ran, where it was not one."""
+    count = str(row["conditions"]["machine"]).rsplit(", ", 1)[-1]
+    return "" if count == "1 threads" else f" ({count})"
 
 
 def _paired(values: list[Estimate]) -> str:
@@ -220,9 +228,9 @@ def cqe(results: dict[str, dict[str, Any]]) -> list[str]:
         "SmolLM2-135M-Instruct, embedding and head in bf16, 64 x 512 tokens of the embedded text,",
         "4 epochs unless a row says otherwise; WikiText-2 raw test, 40 windows of 2048, stored",
         "integers (`python -m benchmarks.cqe`). Rows of kind online run in crossbit's own loader.",
-        "A row that is not listed was not run. CPU seconds are those of the whole command on one",
-        "thread (omniquant-w2a16 of seed 0: on two, of another machine), verification included,",
-        "where they were taken.",
+        "A row that is not listed was not run. CPU seconds are those of the whole command,",
+        "verification included, where they were taken; on one thread unless it says two. The",
+        "machine was not equally fast on all days.",
     ]
     return parts(results, "cqe", CQE, heading)
 

@@ -27,11 +27,13 @@ CQE_SETTINGS = {
     **{f"{base}-w4a4": "w4a4-g64" for base in ("omniquant", "duquant", "prefixquant")},
     **{f"{base}-w4a4-channel": "w4a4" for base in ("omniquant", "duquant", "prefixquant")},
 }
-# Rows that became presets, with their settings.
+# Rows that became presets, with their settings, and one whose last stage was refused: what it left
+# is the preset's result.
 PRESETS = {
     ("w3a16", "ours-cbq-no-overlap-e2e-hold"): "cbq-w3a16-e2e",
     ("w2a16", "ours-cbq-e2e-hold"): "cbq-w2a16-e2e",
     ("w4a4-g64", "ours-best-e2e-hold"): "best-w4a4-e2e",
+    ("w4a8", "ours-best-e2e-gently"): "best-w4a8",
 }
 
 

@@ -88,15 +88,10 @@ def test_presets_run(name: str, made: Made) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_each_add_on_makes_another_result(base: str, made: Made) -> None:
-    names = [f"{base}{addons}" for addons in ("", "+sde", "+cl", "+sde+cl")]
-    assert len({weights_of(made(name)[0]) for name in names}) == 4
-    for name in names:
-        assert any(record["best_at"] for record in made(name)[1]["training"])
-
-
-def test_every_part_makes_another_result(made: Made) -> None:
-    parts = ("", "+sde", "+lsi", "+weights", "+cl", "+cl111", "+cl001", "+aug")
-    found = [made(f"{BASES[0]}{part}") for part in parts]
+    parts = ["", "+sde", "+cl", "+sde+cl"]
+    if base == BASES[0]:
+        parts += ["+lsi", "+weights", "+cl111", "+cl001", "+aug"]
+    found = [made(f"{base}{part}") for part in parts]
     assert len({weights_of(out) for out, _ in found}) == len(parts)
     for _, result in found:
         assert any(record["best_at"] for record in result["training"])
