@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests import tiny
 from tests.pipelines import shorten, write_text
 from tests.tiny import BLOCKS, tiny_folder
 from tests.training import A4, recipe, train, weights_of
@@ -231,9 +232,9 @@ def watch(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("crossbit.engine.loop.train_window", entering)
     monkeypatch.setattr("crossbit.engine.window.fit", fitting)
 
-    def run(**data: Any) -> list[Seen]:
+    def run(model: Path = llama, **data: Any) -> list[Seen]:
         seen.clear()
-        train(llama, text, tmp_path / "out", recipe(**data))
+        train(model, text, tmp_path / "out", recipe(**data))
         return seen
 
     return run
@@ -291,11 +292,26 @@ def test_the_loss_is_that_of_later_blocks(
     ahead: list[float], expected: list[tuple[float, ...]], watch: Watch, llama: Path
 ) -> None:
     """Against transformers' blocks, the sums written out; at the end all falls on the last."""
-    found = watch(objective={**ALONE, "ahead": ahead})
-    assert [s.window.start for s in found] == [0, 1, 2]
+    check_terms(watch(objective={**ALONE, "ahead": ahead}), expected, llama)
+
+
+def test_the_loss_is_that_of_blocks_further_on(
+    watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks ahead, and that of one in between left out."""
+    monkeypatch.setitem(tiny._GATED, "num_hidden_layers", 5)
+    deep = tiny_folder(tmp_path / "deep", "llama")
+    found = watch(deep, objective={**ALONE, "ahead": [1.0, 0.5, 0.0, 2.0]})
+    terms = [(1, 0.5, 0, 2)] * 2
+    check_terms(found, [*terms, (1, 0.5, 2), (1, 2.5), (3.5,)], deep)
+
+
+def check_terms(found: list[Seen], expected: list[tuple[float, ...]], model: Path) -> None:
+    assert [s.window.start for s in found] == list(range(len(expected)))
     for seen, terms in zip(found, expected, strict=True):
-        targets = hidden_states(llama, input_ids=seen.ids)[seen.window.stop - 1 :]
-        outputs = quantized_states(llama, seen)
+        targets = hidden_states(model, input_ids=seen.ids)[seen.window.stop - 1 :]
+        outputs = quantized_states(model, seen)
+        targets, outputs = targets[: len(terms)], outputs[: len(terms)]
         assert len(seen.outputs) == len(seen.targets) == len(terms) == len(outputs)
         for mine, theirs in zip(seen.targets, targets, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
