@@ -84,6 +84,8 @@ _GENTLY = ("end_to_end.epochs=2", "end_to_end.hold=true", "end_to_end.step=1e-3"
 OURS: dict[str, _Methods] = {
     "w4a16": {
         **_WEIGHTS,
+        "gptq-kv8": ("gptq-w4a16-g64+kv8", ()),
+        "gptq-kv4": ("gptq-w4a16-g64+kv4", ()),
         "cbq": ("cbq-w4a16", ()),
         "cbq-overlap": ("cbq-w4a16", ("objective.overlap=1",)),
         "cbq-e2e-hold": ("cbq-w4a16+e2e", _HELD),
@@ -143,6 +145,7 @@ OURS: dict[str, _Methods] = {
         "crossquant": ("crossquant-w4a8-g64", _A4),
         "cbq": ("cbq-w4a4", ()),
         "quarot": ("quarot-w4a4", ()),
+        "kv4": ("w4a4kv4", ()),
         "duquant": ("duquant-w4a4", ("training.epochs=4",)),
         "best-plain": ("best-w4a4-plain", ()),
         "best-plain-e2e-hold": ("best-w4a4-plain+e2e", _HELD),

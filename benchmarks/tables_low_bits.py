@@ -27,14 +27,14 @@ CQE_SETTINGS = {
     **{f"{base}-w4a4": "w4a4-g64" for base in ("omniquant", "duquant", "prefixquant")},
     **{f"{base}-w4a4-channel": "w4a4" for base in ("omniquant", "duquant", "prefixquant")},
 }
-# Rows that became presets, with their settings, and one whose last stage was refused: what it left
-# is the preset's result.
+# Rows that became presets, with their settings.
 PRESETS = {
     ("w3a16", "ours-cbq-no-overlap-e2e-hold"): "cbq-w3a16-e2e",
     ("w2a16", "ours-cbq-e2e-hold"): "cbq-w2a16-e2e",
     ("w4a4-g64", "ours-best-e2e-hold"): "best-w4a4-e2e",
-    ("w4a8", "ours-best-e2e-gently"): "best-w4a8",
 }
+# Rows whose end-to-end stage held-out text refused: what is left is the result without it.
+REFUSED = {("w4a8", "ours-best-e2e-gently"): "best-w4a8"}
 
 
 def headline(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -98,7 +98,7 @@ def headline(results: dict[str, dict[str, Any]]) -> list[str]:
 def _recipe(row: dict[str, Any]) -> str:
     """What to type for a row: preset and add-ons, and settings."""
     setting, method = row["setting"], row["method"]
-    if (preset := PRESETS.get((setting, method))) is not None:
+    if (preset := (PRESETS | REFUSED).get((setting, method))) is not None:
         return f"`{preset}`"
     if (known := OURS[setting].get(method.removeprefix("ours-"))) is None:
         recipe, changes = CQE[method]

@@ -12,7 +12,7 @@ from benchmarks.quantizing import FLOAT_ENDS
 from benchmarks.rows import Table, result_name
 from benchmarks.run import steps
 from benchmarks.store import claimed
-from benchmarks.tables_low_bits import PRESETS
+from benchmarks.tables_low_bits import PRESETS, REFUSED
 
 from crossbit.compat import check_recipe
 from crossbit.recipe import Recipe
@@ -41,12 +41,12 @@ def test_rows_are_recipes(name: str) -> None:
     assert len({result_name(name, row, 0) for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(("place", "preset"), PRESETS.items())
+@pytest.mark.parametrize(("place", "preset"), (PRESETS | REFUSED).items())
 def test_rows_that_became_presets(place: tuple[str, str], preset: str) -> None:
-    """The same recipe but for what it is called."""
+    """The same recipe but for what it is called, and for a stage that was refused."""
     setting, method = place
     recipe, changes = OURS[setting][method.removeprefix("ours-")]
-    called = {"name", "summary", "source"}
+    called = {"name", "summary", "source"} | ({"end_to_end"} if place in REFUSED else set())
     settings = [*SETTINGS[setting].overrides, *FLOAT_ENDS, *changes]
     made = Recipe.load(recipe, settings).model_dump(exclude=called)
     assert made == Recipe.load(preset, FLOAT_ENDS).model_dump(exclude=called)
