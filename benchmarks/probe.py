@@ -33,8 +33,14 @@ ROWS = (
     # All that trains at once, and windows of blocks alone.
     "best-w4a4 training.epochs=2",
     "best-w4a4+union training.epochs=2",
+    # DuQuant: what training does to it, what its 4-bit inputs cost, other settings of the add-ons.
     "duquant-w4a4",
-    "duquant-w4a4+sde+cl",
+    "duquant-w4a4 training.epochs=0",
+    "duquant-w4a4 activations.bits=8",
+    *(
+        f"duquant-w4a4+sde+cl{how}"
+        for how in ("", " objective.ahead_share=1", " training.expansion=1e-2")
+    ),
     "prefixquant-w4a4",
     "prefixquant-w4a4+cl001",
     "prefixquant-w4a4 solver.parameter=none",
