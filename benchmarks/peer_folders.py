@@ -18,6 +18,7 @@ from crossbit.evaluation.perplexity import window_losses
 from crossbit.export.reader import QuantizedCheckpoint, is_quantized
 from crossbit.export.research import is_research, model_config
 from crossbit.models.validate import read_config
+from crossbit.products import widened_products
 from crossbit.runtime.linear import QuantLinear
 from crossbit.runtime.loader import BlockSource, open_blocks
 
@@ -71,6 +72,7 @@ def activations(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf8")) if path.exists() else None
 
 
+@widened_products()
 def folder_losses(folder: Path, ids: Tensor, *, kind: str | None = None) -> list[float]:
     """Mean negative log-likelihood of every window int64 [W, L].
 

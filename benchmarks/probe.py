@@ -36,7 +36,7 @@ ROWS = (
     # DuQuant: what training does to it, what its 4-bit inputs cost, other settings of the add-ons.
     "duquant-w4a4",
     "duquant-w4a4 training.epochs=0",
-    "duquant-w4a4 activations.bits=8",
+    "duquant-w4a4 activations.bits=8 training.epochs=0",
     *(
         f"duquant-w4a4+sde+cl{how}"
         for how in ("", " objective.ahead_share=1", " training.expansion=1e-2")
