@@ -30,6 +30,7 @@ CQE_SETTINGS = {
 # Rows that became presets, with their settings.
 PRESETS = {
     ("w3a16", "ours-cbq-no-overlap-e2e-hold"): "cbq-w3a16-e2e",
+    ("w3a16", "ours-best"): "best-w3a16",
     ("w2a16", "ours-cbq-e2e-hold"): "cbq-w2a16-e2e",
     ("w2a16", "ours-best"): "best-w2a16",
     ("w4a4-g64", "ours-best-e2e-hold"): "best-w4a4-e2e",
