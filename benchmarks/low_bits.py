@@ -137,7 +137,7 @@ OURS: dict[str, _Methods] = {
         "best-plain": ("best-w4a8-plain", ()),
         "best-plain-signed": ("best-w4a8-plain", ("weights.signed=true",)),
         "best": ("best-w4a8", ()),
-        "best-no-fold": ("best-w4a8", ("activations={bits: 8}", "transforms=[{kind: duquant}]")),
+        "best-no-fold": ("best-w4a8", ("activations={bits: 8}", _TURNED)),
         "best-e2e-gently": ("best-w4a8+e2e", _GENTLY),
     },
     "w4a4-g64": {
