@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.cqe import BUDGET, LAYERS, PAIRS
+from benchmarks.cqe import BUDGET, LAYERS, LOWER_RATES, PAIRS
 from benchmarks.probe import BLOCKS
 from benchmarks.probe import TABLE as PROBE
 from benchmarks.rows import result_name
@@ -76,8 +76,10 @@ def plug_in(results: Results) -> list[str]:
         "`half ahead` sends half of the sequences through the blocks after the window, `all ahead`",
         "all of them, the add-on four of five. `scales alone` trains the steps of PrefixQuant and",
         "no weight's rounding, which the preset trains as well. What a row is made with, beside",
-        "its recipe, has rates for so few steps. The presets' own are for 20 epochs of more text",
-        "and have rows for the first blocks alone (`original settings`).",
+        "its recipe, has rates for so few steps. They were chosen with 2-bit weights; those of",
+        f"`lower rates` are {', '.join(f'`{setting}`' for setting in LOWER_RATES)}.",
+        "The presets' own are for 20 epochs of more text and have rows for the first blocks alone",
+        "(`original settings`).",
         "",
         "```text",
         f"--samples 64 --length 512 {_set(BUDGET[:3])} \\",

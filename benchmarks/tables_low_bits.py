@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from benchmarks.cqe import ALL, BUDGET, HALF, SCALES
+from benchmarks.cqe import ALL, BUDGET, HALF, LOWER, SCALES
 from benchmarks.cqe import ROWS as CQE
 from benchmarks.low_bits import OURS, SETTINGS
 from benchmarks.rows import result_name
@@ -178,13 +178,14 @@ def low_bits(results: dict[str, dict[str, Any]]) -> list[str]:
 def _of_cqe(results: dict[str, dict[str, Any]], original: list[float]) -> list[dict[str, Any]]:
     """The rows of presets and add-ons of benchmarks.cqe, in the form of this table's.
 
-    With half or all of the sequences ahead and with scales alone too; no other changes.
+    With half or all of the sequences ahead, scales alone and lower rates too; no other changes.
     """
     found = []
     for row, (recipe, changes) in CQE.items():
         made = results.get(result_name("cqe", row, 0))
         setting = CQE_SETTINGS.get(recipe.partition("+")[0])
-        if made is None or setting is None or (changes and row not in {**HALF, **ALL, **SCALES}):
+        shown = {**HALF, **ALL, **SCALES, **LOWER}
+        if made is None or setting is None or (changes and row not in shown):
             continue
         loss = paired_loss(made["losses"], original)
         about = {"setting": setting, "method": row}
