@@ -79,6 +79,8 @@ AHEAD = ("", ", half ahead", ", all ahead")
 PAIRS = (
     *((base, f"{base}{ADDONS[1]}{ahead}") for base in BASES for ahead in AHEAD),
     tuple(SCALES),
+    # Against the base at its own rates as well as at the lower ones.
+    ("duquant-w4a4", tuple(LOWER)[1]),
     tuple(LOWER),
     tuple(FEW)[: len(ADDONS)],
     tuple(FEW)[len(ADDONS) :],
