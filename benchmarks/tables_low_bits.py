@@ -181,10 +181,10 @@ def _of_cqe(results: dict[str, dict[str, Any]], original: list[float]) -> list[d
     With half or all of the sequences ahead, scales alone and lower rates too; no other changes.
     """
     found = []
+    shown = {**HALF, **ALL, **SCALES, **LOWER}
     for row, (recipe, changes) in CQE.items():
         made = results.get(result_name("cqe", row, 0))
         setting = CQE_SETTINGS.get(recipe.partition("+")[0])
-        shown = {**HALF, **ALL, **SCALES, **LOWER}
         if made is None or setting is None or (changes and row not in shown):
             continue
         loss = paired_loss(made["losses"], original)
